@@ -1,0 +1,1 @@
+//! Loads, attaches and configures the XDP steering program (`bpf/steer.bpf.c`).

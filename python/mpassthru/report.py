@@ -1,0 +1,33 @@
+"""The figures of a port, with the same keys wherever they appear (`attach`, `demo`, the API).
+
+rx is towards the guest, tx is from the guest. Frames are Ethernet frames without FCS; bytes are frame bytes,
+without the virtio-net header. `direct` + sum(`bounced`) == `frames`; frames that were dropped are in neither.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class DirectionReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One direction of a port, since the port was attached."""
+
+    frames: int = 0
+    bytes: int = 0
+    direct: int = 0
+    """Frames that the kernel or the NIC placed in, or took from, the guest's own buffers."""
+    bounced: dict[str, int] = {}
+    """Frames copied once in user space, by reason."""
+    dropped: dict[str, int] = {}
+    """Frames lost, by reason; kernel drops of the AF_XDP socket are included."""
+    copied_bytes: int = 0
+    """Payload bytes copied in user space; counted where the copy is made."""
+
+
+class PortReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a port did, and in which mode."""
+
+    mode: str
+    """`zero-copy`, `copy`, or `detached` while no guest is there."""
+    rx: DirectionReport = DirectionReport()
+    tx: DirectionReport = DirectionReport()
