@@ -1,0 +1,57 @@
+# One entry point. Every target that proves or measures something leaves build/reports/TARGET.json.
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+
+RUN_STEPS := python3 tools/run-steps
+PYTEST    := .venv/bin/pytest
+# Unit tests need no privilege; so that they cannot come to need one, they run without any, whoever runs them.
+UNPRIVILEGED := $(if $(filter 0,$(shell id -u)),setpriv --bounding-set=-all --inh-caps=-all --no-new-privs)
+
+.PHONY: help setup check test test-unit test-netns test-guest test-virtio-user demo clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Install what is missing and build: Debian packages (root), .venv, extension module
+	@tools/setup
+
+check: setup ## Formatting, lints and types, Python and Rust
+	@$(RUN_STEPS) $@ \
+	    '.venv/bin/ruff check' \
+	    '.venv/bin/ruff format --check' \
+	    '.venv/bin/mypy' \
+	    '.venv/bin/python -m mypy.stubtest mpassthru._core' \
+	    'cargo fmt --check' \
+	    'cargo clippy --quiet --locked --workspace --all-targets -- -D warnings'
+
+test: ## All of it, set-up included: checks, unit, namespace, QEMU guest and virtio-user tests
+	@$(RUN_STEPS) $@ \
+	    '$(MAKE) setup' \
+	    '$(MAKE) check' \
+	    '$(MAKE) test-unit' \
+	    '$(MAKE) test-netns' \
+	    '$(MAKE) test-guest' \
+	    '$(MAKE) test-virtio-user'
+
+test-unit: setup ## Unit tests, Rust then Python; these without any capability
+	@$(RUN_STEPS) $@ \
+	    'cargo test --quiet --locked --workspace' \
+	    '$(UNPRIVILEGED) $(PYTEST) -q tests/unit'
+
+test-netns: setup ## AF_XDP over veth in network namespaces (root)
+	@$(PYTEST) -q --report build/reports/$@.json tests/netns
+
+test-guest: setup ## A Linux guest in QEMU (root)
+	@tools/guest-kernel >/dev/null
+	@$(PYTEST) -q --report build/reports/$@.json tests/guest
+
+test-virtio-user: setup ## DPDK's virtio-user driver as the guest (root)
+	@$(PYTEST) -q --report build/reports/$@.json tests/virtio_user
+
+demo: setup ## Real traffic through a port, with the built-in guest; GUEST=qemu for a Linux guest (root)
+	@$(if $(filter qemu,$(GUEST)),tools/guest-kernel >/dev/null)
+	@mkdir -p build/reports
+	@.venv/bin/mpassthru demo $(if $(GUEST),--guest $(GUEST)) --report build/reports/$@.json
+
+clean: ## Remove what was built; .venv and Debian packages stay
+	rm -rf build target python/mpassthru/_core*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,74 @@
+"""What all tests share: the report that `make` targets leave in build/reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Figure = float | str | bool | None | list["Figure"] | dict[str, "Figure"]
+RecordFigure = Callable[[str, Figure], None]
+
+
+class Report:
+    """Counts outcomes, keeps the reasons of skips, and the figures that tests measured; written as JSON at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._start_s = time.monotonic()
+        self._outcomes: Counter[str] = Counter()
+        self._skips: dict[str, str] = {}
+        self._figures: dict[str, Figure] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count a test once: by its call, or by the phase that kept it from being called or failed after it."""
+        if report.when == "call" or report.outcome != "passed":
+            outcome = "errors" if report.failed and report.when != "call" else report.outcome
+            self._outcomes[outcome] += 1
+        if report.skipped and isinstance(report.longrepr, tuple):
+            self._skips[report.nodeid] = str(report.longrepr[2])
+        if report.when == "teardown":
+            figures = {name: value for kind, (name, value) in report.user_properties if kind == "figure"}
+            if figures:
+                self._figures[report.nodeid] = figures
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Write the report."""
+        document = {
+            "target": self._path.stem,
+            "ok": exitstatus == pytest.ExitCode.OK,
+            "seconds": round(time.monotonic() - self._start_s, 2),
+            **{name: self._outcomes[name] for name in ("passed", "failed", "errors", "skipped")},
+            "kernel": os.uname().release,
+            "skips": self._skips,
+            "figures": self._figures,
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--report PATH`."""
+    parser.addoption("--report", type=Path, default=None, help="write outcomes and measured figures to this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the report, if one is asked for."""
+    path: Path | None = config.getoption("--report")
+    if path is not None:
+        config.pluginmanager.register(Report(path), "mpassthru-report")
+
+
+@pytest.fixture
+def record_figure(request: pytest.FixtureRequest) -> RecordFigure:
+    """Put a measured figure into the target's report: ``record_figure("tx.frames", 10_000_000)``."""
+
+    def record(name: str, value: Figure) -> None:
+        request.node.user_properties.append(("figure", (name, value)))
+
+    return record
