@@ -35,7 +35,7 @@ test: ## All of it, set-up included: checks, unit, namespace, QEMU guest and vir
 
 test-unit: setup ## Unit tests, Rust then Python; these without any capability
 	@$(RUN_STEPS) $@ \
-	    'cargo test --quiet --locked --workspace' \
+	    'cargo test --quiet --locked --workspace --exclude mpassthru-python' \
 	    '$(UNPRIVILEGED) $(PYTEST) -q tests/unit'
 
 test-netns: setup ## AF_XDP over veth in network namespaces (root)
