@@ -4,6 +4,7 @@
 //! goes through `py.detach`; Rust threads never attach to Python.
 
 mod engine;
+mod error;
 mod guest;
 mod steering;
 
