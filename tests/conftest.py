@@ -13,6 +13,7 @@ import pytest
 
 Figure = float | str | bool | None | list["Figure"] | dict[str, "Figure"]
 RecordFigure = Callable[[str, Figure], None]
+FIGURE = "figure:"
 
 
 class Report:
@@ -23,7 +24,7 @@ class Report:
         self._start_s = time.monotonic()
         self._outcomes: Counter[str] = Counter()
         self._skips: dict[str, str] = {}
-        self._figures: dict[str, Figure] = {}
+        self._figures: dict[str, dict[str, object]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count a test once: by its call, or by the phase that kept it from being called or failed after it."""
@@ -33,7 +34,9 @@ class Report:
         if report.skipped and isinstance(report.longrepr, tuple):
             self._skips[report.nodeid] = str(report.longrepr[2])
         if report.when == "teardown":
-            figures = {name: value for kind, (name, value) in report.user_properties if kind == "figure"}
+            figures = {
+                name.removeprefix(FIGURE): value for name, value in report.user_properties if name.startswith(FIGURE)
+            }
             if figures:
                 self._figures[report.nodeid] = figures
 
@@ -69,6 +72,6 @@ def record_figure(request: pytest.FixtureRequest) -> RecordFigure:
     """Put a measured figure into the target's report: ``record_figure("tx.frames", 10_000_000)``."""
 
     def record(name: str, value: Figure) -> None:
-        request.node.user_properties.append(("figure", (name, value)))
+        request.node.user_properties.append((FIGURE + name, value))
 
     return record
