@@ -1,0 +1,192 @@
+"""Where front-ends come from: a listening socket, a peer to connect to, or a socket that was passed in.
+
+The broker makes the connection and hands it to the worker unread, so that a listening socket outlives its workers and
+a worker needs no access to the file system. One front-end at a time; others wait in the listen queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+from pathlib import Path
+from typing import Protocol
+
+from mpassthru.errors import HostError, RefusedError
+
+CONNECT_RETRY_S = 0.25
+"""Pause between two tries to reach a front-end that does not listen yet."""
+
+_CONNECT_LATER = {errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN}
+
+
+class Endpoint(Protocol):
+    """A source of connected vhost-user sockets."""
+
+    @property
+    def single(self) -> bool:
+        """Whether there is only ever one connection."""
+
+    async def next_connection(self) -> socket.socket | None:
+        """Wait for a front-end; None if there will never be another."""
+
+    def close(self) -> None:
+        """Stop listening and remove the socket path, if it is ours."""
+
+
+class ListeningEndpoint:
+    """`--socket-path`: the front-end connects to us.
+
+    Raises:
+        RefusedError: the path is in use by a live process, or is not a socket.
+        HostError: it cannot be bound.
+    """
+
+    single = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._sock = _bind(path)
+        self._identity = _identity(path)
+        self._sock.listen(1)
+        self._sock.setblocking(False)
+
+    async def next_connection(self) -> socket.socket:
+        """Accept a front-end."""
+        connection, _ = await asyncio.get_running_loop().sock_accept(self._sock)
+        return connection
+
+    def close(self) -> None:
+        """Close the socket and remove its path, unless somebody has put another one there."""
+        self._sock.close()
+        if _identity(self._path) == self._identity:
+            self._path.unlink(missing_ok=True)
+
+
+class ConnectingEndpoint:
+    """`--connect`: the front-end listens, we connect, and again after each session."""
+
+    single = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    async def next_connection(self) -> socket.socket:
+        """Connect, trying again while nobody listens.
+
+        Raises:
+            HostError: the path can never be connected to, as things are.
+        """
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            try:
+                # Not loop.sock_connect: EAGAIN from a Unix socket means a full listen queue, not a connect in progress.
+                sock.connect(str(self._path))
+            except OSError as error:
+                sock.close()
+                if error.errno not in _CONNECT_LATER:
+                    raise _path_error("connect to", self._path, error) from error
+                await asyncio.sleep(CONNECT_RETRY_S)
+            else:
+                return sock
+
+    def close(self) -> None:
+        """Nothing to do: the path is the front-end's."""
+
+
+class InheritedEndpoint:
+    """`--fd`: a listening or a connected socket that was passed in.
+
+    Raises:
+        RefusedError: the fd is not a Unix stream socket.
+    """
+
+    def __init__(self, fd: int) -> None:
+        try:
+            self._sock: socket.socket | None = socket.socket(fileno=fd)
+        except OSError as error:
+            raise RefusedError(f"cannot use fd {fd} ({error.strerror}): pass an open socket to --fd") from error
+        if self._sock.family != socket.AF_UNIX or self._sock.type != socket.SOCK_STREAM:
+            raise RefusedError(f"cannot use fd {fd}: it is not a Unix stream socket")
+        self._sock.setblocking(False)
+        os.set_inheritable(fd, False)
+        self.single = not self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+    async def next_connection(self) -> socket.socket | None:
+        """Accept a front-end, or give out the only connection once."""
+        if self._sock is None:
+            return None
+        if self.single:
+            connection, self._sock = self._sock, None
+            return connection
+        connection, _ = await asyncio.get_running_loop().sock_accept(self._sock)
+        return connection
+
+    def close(self) -> None:
+        """Close the socket if it was not given out."""
+        if self._sock is not None:
+            self._sock.close()
+
+
+def _bind(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with contextlib.suppress(_AddressInUse):
+            _try_bind(sock, path)
+            return sock
+        _remove_stale(path)
+        _try_bind(sock, path)
+    except _AddressInUse as error:
+        sock.close()
+        raise RefusedError(f"cannot listen on {path}: the path was taken just now; choose another") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class _AddressInUse(Exception):  # noqa: N818 - a condition, not an error
+    pass
+
+
+def _try_bind(sock: socket.socket, path: Path) -> None:
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise _AddressInUse from error
+        raise _path_error("listen on", path, error) from error
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket that nobody listens on (its owner was killed); refuse to touch anything else."""
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise RefusedError(f"cannot listen on {path}: it exists and is not a socket; remove it or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        result = probe.connect_ex(str(path))
+    if result != errno.ECONNREFUSED:
+        raise RefusedError(f"cannot listen on {path}: the socket path is taken by a running process; choose another")
+    path.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _path_error(attempt: str, path: Path, error: OSError) -> HostError | RefusedError:
+    if error.errno is None:  # the path is too long for a sockaddr_un
+        return RefusedError(f"cannot {attempt} {path} ({error}): choose a shorter path")
+    advice = {
+        errno.ENOENT: "create its directory first",
+        errno.EACCES: "check the directory's permissions",
+    }.get(error.errno, "choose another path")
+    return HostError(error.errno, f"cannot {attempt} {path} ({error.strerror}): {advice}")

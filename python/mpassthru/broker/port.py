@@ -1,0 +1,280 @@
+"""A port as the broker sees it: one worker, its sockets and its front-ends, from start to an orderly end.
+
+Three things go on at once while a worker lives: its messages are answered, front-ends are handed to it one at a time,
+and the user's wish to stop is waited for. When the worker dies, the kernel takes its sockets out of the XSKMAP (frames
+of its queues are dropped, the host sees none of them), and a new worker starts after a pause.
+
+The broker never maps guest memory and never reads from a vhost-user socket. It keeps an AF_XDP socket's fd only from
+its creation until it is in the XSKMAP: an open copy would keep the socket, and with it the queue, alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mpassthru import control
+from mpassthru.broker.endpoint import Endpoint
+from mpassthru.broker.status import PortStatus
+from mpassthru.broker.worker_process import STOP_TIMEOUT_S, WorkerProcess
+from mpassthru.broker.xsk import create_socket
+from mpassthru.control import ControlError, close_fds
+from mpassthru.errors import HostError, MpassthruError
+from mpassthru.report import DirectionReport
+
+if TYPE_CHECKING:
+    from mpassthru._core import SteeringProgram
+
+RESTART_PAUSE_MIN_S = 0.1
+RESTART_PAUSE_MAX_S = 5.0
+RESTART_FORGET_S = 10.0
+"""A worker that lived this long starts the pauses afresh."""
+REPORT_TIMEOUT_S = 2.0
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+Say = Callable[[str], None]
+
+
+class Port:
+    """Runs a port until told to stop.
+
+    Args:
+        configuration: What each worker is told; `keep_ipc_lock` is decided per worker.
+        steering: The attached XDP program, with this port's queues claimed.
+        endpoint: Where front-ends come from.
+        once: End after one front-end, or when the worker dies.
+        say: Called with one line for each thing the user should know.
+        start_worker: Makes a worker process; tests pass their own.
+        new_socket: Makes an AF_XDP socket for the interface; tests pass their own.
+    """
+
+    def __init__(
+        self,
+        configuration: control.Configure,
+        steering: SteeringProgram,
+        endpoint: Endpoint,
+        *,
+        say: Say,
+        once: bool = False,
+        start_worker: Callable[[], WorkerProcess] = WorkerProcess,
+        new_socket: Callable[[str], socket.socket] = create_socket,
+    ) -> None:
+        self.status = PortStatus()
+        self._configuration = configuration
+        self._steering = steering
+        self._endpoint = endpoint
+        self._once = once or endpoint.single
+        self._say = say
+        self._start_worker = start_worker
+        self._new_socket = new_socket
+        self._stopping = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._reported = asyncio.Event()
+        self._worker: WorkerProcess | None = None
+        self._sockets: dict[int, socket.socket] = {}
+
+    def stop(self) -> None:
+        """Ask for an orderly end; `run` returns when everything has been given back."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Keep a worker running until `stop`, or until the one front-end of `once` has left.
+
+        Raises:
+            HostError: the front-end's socket cannot be connected to, or no worker can be started.
+        """
+        pause_s = RESTART_PAUSE_MIN_S
+        while True:
+            started = time.monotonic()
+            await self._run_worker()
+            if self._stopping.is_set() or self._once:
+                return
+            if time.monotonic() - started > RESTART_FORGET_S:
+                pause_s = RESTART_PAUSE_MIN_S
+            self.status.worker_restarts += 1
+            self._say(f"starting a new worker in {pause_s:g} s; the front-end has to connect again")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause_s)
+                return
+            pause_s = min(2 * pause_s, RESTART_PAUSE_MAX_S)
+
+    async def refresh(self) -> PortStatus:
+        """The port's status with the worker's counters of now; with those of before if no worker answers in time."""
+        if self._worker is not None:
+            self._reported.clear()
+            with contextlib.suppress(ControlError, TimeoutError):
+                self._worker.channel.send(control.ReportWanted())
+                await asyncio.wait_for(self._reported.wait(), REPORT_TIMEOUT_S)
+        self.status.steering = {str(queue): dict(names) for queue, names in self._steering.counters().items()}
+        return self.status
+
+    async def _run_worker(self) -> None:
+        """One worker, from start to reaped."""
+        worker = self._start_worker()
+        self.status.worker_pid = worker.pid
+        reading = asyncio.create_task(self._answer(worker))
+        feeding = asyncio.create_task(self._feed(worker))
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            keep_ipc_lock = not worker.raise_memlock_limit()
+            with contextlib.suppress(ControlError):  # a worker that is already dead is found below
+                worker.channel.send(_with_ipc_lock(self._configuration, keep_ipc_lock))
+            self._worker = worker
+            await asyncio.wait({reading, feeding, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._let_worker_end(worker, reading, feeding)
+        finally:
+            self._worker = None
+            for task in (reading, feeding, stopping):
+                task.cancel()
+            await asyncio.gather(reading, feeding, stopping, return_exceptions=True)
+            self._idle.clear()
+            self._drop_sockets()
+            self.status.worker_ended()
+
+    async def _let_worker_end(
+        self, worker: WorkerProcess, reading: asyncio.Task[None], feeding: asyncio.Task[None]
+    ) -> None:
+        """End the worker in good order if it still lives; say how it ended if it did so unasked."""
+        asked = not reading.done()
+        if asked:
+            with contextlib.suppress(ControlError):
+                worker.channel.send(control.Stop())
+            await asyncio.wait({reading}, timeout=STOP_TIMEOUT_S)
+        broken = reading.exception() if reading.done() else ControlError("it does not stop")
+        if broken is not None:
+            worker.kill()
+        await worker.end()
+        if broken is not None or not asked:
+            cause = f": {broken}" if broken is not None else ""
+            self._trouble(f"worker {worker.pid} of {self._configuration.interface} {worker.exit_text}{cause}")
+        if broken is not None and not isinstance(broken, MpassthruError):
+            raise broken
+        if feeding.done():
+            feeding.result()
+
+    async def _feed(self, worker: WorkerProcess) -> None:
+        """Hand front-ends to the worker, one at a time; returns after the last one has left."""
+        while True:
+            await self._idle.wait()
+            connection = await self._endpoint.next_connection()
+            if connection is None:
+                return
+            self._idle.clear()
+            self.status.sessions += 1
+            with connection, contextlib.suppress(ControlError):  # a worker that has died: the front-end sees it too
+                worker.channel.send(control.FrontendConnected(), (connection.fileno(),))
+            if self._once:
+                await self._idle.wait()
+                return
+
+    async def _answer(self, worker: WorkerProcess) -> None:
+        """Act on the worker's messages until it closes its end."""
+        while (received := await worker.channel.receive()) is not None:
+            message, fds = received
+            if fds:
+                close_fds(fds)
+                raise ControlError(f"the worker sent file descriptors with {type(message).__name__}")
+            self._act_on(worker, message)
+
+    def _act_on(self, worker: WorkerProcess, message: control.WorkerMessage) -> None:
+        match message:
+            case control.Ready():
+                self._idle.set()
+            case control.SocketWanted(queue_pair=queue_pair):
+                self._grant_socket(worker, queue_pair)
+            case control.SocketBound(queue_pair=queue_pair, mode=mode):
+                self._steer_socket(worker, queue_pair, mode)
+            case control.SocketReleased(queue_pair=queue_pair):
+                self._release_socket(queue_pair)
+            case control.SessionChanged(state=state, error=error):
+                self._session_changed(state, error)
+            case control.Fault(vring=vring, kind=kind, error=error):
+                self.status.faults += 1
+                self._trouble(f"virtqueue {vring} stopped ({kind}): {printable(error)}")
+            case control.Notice(text=text):
+                self._say(printable(text))
+            case control.WorkerReport(rx=rx, tx=tx):
+                self.status.worker_reported(_checked(rx), _checked(tx))
+                self._reported.set()
+
+    def _grant_socket(self, worker: WorkerProcess, queue_pair: int) -> None:
+        self._queue_id(queue_pair)
+        self._forget_socket(queue_pair)
+        try:
+            sock = self._new_socket(self._configuration.interface)
+        except HostError as error:
+            worker.channel.send(control.SocketRefused(queue_pair=queue_pair, errno=error.errno or 0, error=str(error)))
+            return
+        self._sockets[queue_pair] = sock
+        worker.channel.send(control.SocketGranted(queue_pair=queue_pair), (sock.fileno(),))
+
+    def _steer_socket(self, worker: WorkerProcess, queue_pair: int, mode: control.SocketMode) -> None:
+        sock = self._sockets.get(queue_pair)
+        if sock is None:
+            raise ControlError(f"the worker bound a socket of queue pair {queue_pair} that it was not given")
+        try:
+            self._steering.set_socket(self._queue_id(queue_pair), sock.fileno())
+        except HostError as error:
+            worker.channel.send(control.SocketRefused(queue_pair=queue_pair, errno=error.errno or 0, error=str(error)))
+            return
+        finally:
+            self._forget_socket(queue_pair)
+        self.status.socket_steered(queue_pair, mode)
+        worker.channel.send(control.SocketSteered(queue_pair=queue_pair))
+
+    def _release_socket(self, queue_pair: int) -> None:
+        self._steering.clear_socket(self._queue_id(queue_pair))
+        self._forget_socket(queue_pair)
+        self.status.modes.pop(queue_pair, None)
+
+    def _session_changed(self, state: control.GuestState, error: str | None) -> None:
+        if state != self.status.guest:
+            self._say(f"guest: {state}")
+        self.status.guest = state
+        if error is not None:
+            self._trouble(f"session ended: {printable(error)}")
+        if state == "waiting":
+            self._idle.set()
+
+    def _queue_id(self, queue_pair: int) -> int:
+        if not 0 <= queue_pair < len(self._configuration.queue_ids):
+            raise ControlError(f"the worker named queue pair {queue_pair}, which it does not have")
+        return self._configuration.queue_ids[queue_pair]
+
+    def _forget_socket(self, queue_pair: int) -> None:
+        sock = self._sockets.pop(queue_pair, None)
+        if sock is not None:
+            sock.close()
+
+    def _drop_sockets(self) -> None:
+        for queue_pair in list(self._sockets):
+            self._forget_socket(queue_pair)
+
+    def _trouble(self, line: str) -> None:
+        self.status.troubles.append(line)
+        self._say(line)
+
+
+def printable(text: str) -> str:
+    """Worker's words made fit for a terminal: one line, no control characters, not endless."""
+    return "".join(character if character.isprintable() else " " for character in text[:500])
+
+
+def _with_ipc_lock(configuration: control.Configure, keep: bool) -> control.Configure:
+    return msgspec.structs.replace(configuration, keep_ipc_lock=keep)
+
+
+def _checked(report: DirectionReport) -> DirectionReport:
+    """Refuse reasons that are not plain names: they are shown to the user as they are."""
+    reasons: tuple[Mapping[str, int], ...] = (report.bounced, report.dropped)
+    for name in (name for reason in reasons for name in reason):
+        if not _NAME.fullmatch(name):
+            raise ControlError("the worker reported a reason that is not a name")
+    return report

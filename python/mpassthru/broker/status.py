@@ -1,0 +1,116 @@
+"""What a port is doing, as the live view and the report show it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgspec
+
+from mpassthru.control import GuestState, SocketMode
+from mpassthru.report import DirectionReport, PortReport
+
+TROUBLES_KEPT = 32
+
+
+class AttachReport(PortReport, frozen=True, kw_only=True):
+    """A `PortReport` and where it comes from."""
+
+    interface: str
+    queue_ids: tuple[int, ...]
+    xdp_mode: str
+    guest: GuestState
+    sessions: int
+    """Front-ends that have connected."""
+    faults: int
+    """Virtqueues and sockets that were stopped by an error."""
+    worker_restarts: int
+    steering: dict[str, dict[str, int]]
+    """Counters of the XDP program, by hardware queue."""
+    troubles: tuple[str, ...]
+    """The last errors, one line each."""
+
+
+@dataclass
+class PortStatus:
+    """The state of a port; counters go on counting when a worker is replaced."""
+
+    guest: GuestState = "waiting"
+    modes: dict[int, SocketMode] = field(default_factory=dict)
+    worker_pid: int | None = None
+    worker_restarts: int = 0
+    sessions: int = 0
+    faults: int = 0
+    troubles: deque[str] = field(default_factory=lambda: deque(maxlen=TROUBLES_KEPT))
+    steering: dict[str, dict[str, int]] = field(default_factory=dict)
+    last_mode: SocketMode | None = None
+    _before: tuple[DirectionReport, DirectionReport] = (DirectionReport(), DirectionReport())
+    _now: tuple[DirectionReport, DirectionReport] = (DirectionReport(), DirectionReport())
+
+    @property
+    def mode(self) -> str:
+        """The mode of the port: that of its sockets, `detached` without any."""
+        return next(iter(self.modes.values()), "detached")
+
+    @property
+    def rx(self) -> DirectionReport:
+        """Towards the guest, over all workers so far."""
+        return total(self._before[0], self._now[0])
+
+    @property
+    def tx(self) -> DirectionReport:
+        """From the guest, over all workers so far."""
+        return total(self._before[1], self._now[1])
+
+    def worker_reported(self, rx: DirectionReport, tx: DirectionReport) -> None:
+        """Take the counters of the present worker."""
+        self._now = (rx, tx)
+
+    def socket_steered(self, queue_pair: int, mode: SocketMode) -> None:
+        """A queue pair has a socket in `mode`."""
+        self.modes[queue_pair] = self.last_mode = mode
+
+    def worker_ended(self) -> None:
+        """Keep the last counters of a worker that is gone, and forget its state."""
+        self._before, self._now = (self.rx, self.tx), (DirectionReport(), DirectionReport())
+        self.modes.clear()
+        self.guest = "waiting"
+        self.worker_pid = None
+
+    def report(self, *, interface: str, queue_ids: tuple[int, ...], xdp_mode: str, ended: bool = False) -> AttachReport:
+        """The figures in their published form; the mode of a port that has ended is that of its last socket."""
+        return AttachReport(
+            mode=(self.last_mode or "detached") if ended else self.mode,
+            rx=self.rx,
+            tx=self.tx,
+            interface=interface,
+            queue_ids=queue_ids,
+            xdp_mode=xdp_mode,
+            guest=self.guest,
+            sessions=self.sessions,
+            faults=self.faults,
+            worker_restarts=self.worker_restarts,
+            steering=self.steering,
+            troubles=tuple(self.troubles),
+        )
+
+
+def total(first: DirectionReport, second: DirectionReport) -> DirectionReport:
+    """The sum of two reports of one direction."""
+    return DirectionReport(
+        frames=first.frames + second.frames,
+        bytes=first.bytes + second.bytes,
+        direct=first.direct + second.direct,
+        bounced=_sum_by_reason(first.bounced, second.bounced),
+        dropped=_sum_by_reason(first.dropped, second.dropped),
+        copied_bytes=first.copied_bytes + second.copied_bytes,
+    )
+
+
+def to_json(report: msgspec.Struct) -> str:
+    """A report as one line of JSON."""
+    return msgspec.json.encode(report).decode()
+
+
+def _sum_by_reason(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return {reason: first.get(reason, 0) + second.get(reason, 0) for reason in {**first, **second}}

@@ -1,0 +1,251 @@
+"""The channel between the broker and a worker: typed messages and file descriptors over one socket pair.
+
+The broker holds the privileges, the worker holds the guest's memory; all that they say to each other is here. A message
+is one MessagePack object in one SOCK_SEQPACKET record, tagged with its type, and may carry file descriptors
+(SCM_RIGHTS). Volumes are tiny (a few messages a second), so a full socket buffer means that the other side hangs.
+
+Invariant: the broker never trusts a worker. What comes in is decoded into the types below or refused, descriptors that
+no message asked for are closed, and nothing that a worker says names a path, an address or an interface.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+from typing import Generic, Literal, TypeVar
+
+import msgspec
+
+from mpassthru.errors import MpassthruError
+from mpassthru.report import DirectionReport
+
+MESSAGE_MAX_BYTES = 65536
+MESSAGE_MAX_FDS = 4
+
+Mode = Literal["auto", "zero-copy", "copy"]
+SocketMode = Literal["zero-copy", "copy"]
+PollMode = Literal["busy", "adaptive", "interrupt"]
+GuestState = Literal["waiting", "connected", "running"]
+"""`waiting` for a front-end; `connected` to one; `running`: at least one virtqueue has been started."""
+
+
+class ControlError(MpassthruError):
+    """The other process broke the control protocol, hangs, or is gone."""
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+# ---- broker to worker ----------------------------------------------------------------------------------------
+
+
+class Configure(_Message, frozen=True):
+    """The first message: everything a worker is told about its port and about itself."""
+
+    interface: str
+    ifindex: int
+    queue_ids: tuple[int, ...]
+    """Hardware queue of each queue pair, in order."""
+    mtu_bytes: int
+    frame_max_bytes: int
+    """What a NIC or the kernel may write into a guest buffer, without the virtio-net header."""
+    socket_mode: SocketMode
+    poll: PollMode
+    uid: int | None = None
+    gid: int | None = None
+    keep_ipc_lock: bool = False
+    """The memlock limit could not be raised: CAP_IPC_LOCK has to stay."""
+
+
+class FrontendConnected(_Message, frozen=True):
+    """Carries one fd: a connected vhost-user socket from which no byte has been read."""
+
+
+class SocketGranted(_Message, frozen=True):
+    """Answers `SocketWanted`; carries one fd: a new AF_XDP socket, neither configured nor bound."""
+
+    queue_pair: int
+
+
+class SocketSteered(_Message, frozen=True):
+    """Answers `SocketBound`: the queue's frames go to the socket from now on."""
+
+    queue_pair: int
+
+
+class SocketRefused(_Message, frozen=True):
+    """Answers `SocketWanted` or `SocketBound`: `error` says why not, `errno` is 0 if no system call failed."""
+
+    queue_pair: int
+    errno: int
+    error: str
+
+
+class ReportWanted(_Message, frozen=True):
+    """Asks for a `WorkerReport`."""
+
+
+class Stop(_Message, frozen=True):
+    """Asks the worker to give everything back, send a last `WorkerReport` and end."""
+
+
+BrokerMessage = Configure | FrontendConnected | SocketGranted | SocketSteered | SocketRefused | ReportWanted | Stop
+
+
+# ---- worker to broker ----------------------------------------------------------------------------------------
+
+
+class Ready(_Message, frozen=True):
+    """Privileges are dropped; a front-end may come."""
+
+
+class SocketWanted(_Message, frozen=True):
+    """Asks for an AF_XDP socket for a queue pair."""
+
+    queue_pair: int
+
+
+class SocketBound(_Message, frozen=True):
+    """The socket of a queue pair is bound and can take frames."""
+
+    queue_pair: int
+    mode: SocketMode
+
+
+class SocketReleased(_Message, frozen=True):
+    """The socket of a queue pair is closed; its queue drops frames until the next one."""
+
+    queue_pair: int
+
+
+class SessionChanged(_Message, frozen=True):
+    """The guest's state; `error` says why a session ended, if it did not end by the front-end's will."""
+
+    state: GuestState
+    error: str | None = None
+
+
+class Fault(_Message, frozen=True):
+    """A virtqueue or a socket stopped working; the other queues go on."""
+
+    vring: int
+    kind: Literal["fault", "host-error"]
+    error: str
+
+
+class Notice(_Message, frozen=True):
+    """Something worth a line for the user that stopped nothing."""
+
+    text: str
+
+
+class WorkerReport(_Message, frozen=True):
+    """The counters of the port since this worker started."""
+
+    rx: DirectionReport
+    tx: DirectionReport
+
+
+WorkerMessage = Ready | SocketWanted | SocketBound | SocketReleased | SessionChanged | Fault | Notice | WorkerReport
+
+Outgoing = TypeVar("Outgoing", bound=_Message)
+Incoming = TypeVar("Incoming", bound=_Message)
+
+
+class ControlChannel(Generic[Outgoing, Incoming]):
+    """One end of the channel. Sending never blocks; receiving waits on the running asyncio loop."""
+
+    def __init__(self, sock: socket.socket, incoming: object) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
+
+    def send(self, message: Outgoing, fds: tuple[int, ...] = ()) -> None:
+        """Send a message with copies of `fds`, which stay the caller's.
+
+        Raises:
+            ControlError: the other process is gone, or has not read for so long that the buffer is full.
+        """
+        data = self._encoder.encode(message)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
+        try:
+            self._sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+        except OSError as error:
+            name = type(message).__name__
+            raise ControlError(f"cannot send {name} on the control socket ({error.strerror})") from error
+
+    async def receive(self) -> tuple[Incoming, list[int]] | None:
+        """Wait for the next message.
+
+        Returns:
+            The message and the fds that came with it, which are the caller's to close; None at end of file.
+
+        Raises:
+            ControlError: not a message of this direction, or too large.
+        """
+        while True:
+            try:
+                return self._receive_now()
+            except BlockingIOError:
+                await self._readable()
+
+    def close(self) -> None:
+        """Close this end; the other one reads end of file."""
+        self._sock.close()
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        fd = self._sock.fileno()
+        loop.add_reader(fd, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(fd)
+
+    def _receive_now(self) -> tuple[Incoming, list[int]] | None:
+        try:
+            data, ancillary, flags, _ = self._sock.recvmsg(
+                MESSAGE_MAX_BYTES, socket.CMSG_SPACE(MESSAGE_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError:
+            return None
+        fds = _received_fds(ancillary)
+        if not data and not fds:
+            return None
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            close_fds(fds)
+            raise ControlError(f"a control message has more than {MESSAGE_MAX_BYTES} bytes or {MESSAGE_MAX_FDS} fds")
+        try:
+            return self._decoder.decode(data), fds
+        except msgspec.DecodeError as error:
+            close_fds(fds)
+            raise ControlError(f"cannot decode a control message: {error}") from error
+
+
+def broker_channel(sock: socket.socket) -> ControlChannel[BrokerMessage, WorkerMessage]:
+    """The broker's end of the channel."""
+    return ControlChannel(sock, WorkerMessage)
+
+
+def worker_channel(sock: socket.socket) -> ControlChannel[WorkerMessage, BrokerMessage]:
+    """The worker's end of the channel."""
+    return ControlChannel(sock, BrokerMessage)
+
+
+def close_fds(fds: list[int]) -> None:
+    """Close descriptors that came with a message."""
+    for fd in fds:
+        os.close(fd)
+
+
+def _received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return list(fds)

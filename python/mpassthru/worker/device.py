@@ -1,0 +1,260 @@
+"""The network device that front-ends see: `mpassthru.vhost_user.Device` on top of the engine.
+
+A queue pair gets its AF_XDP socket when its first virtqueue starts, for only then is the guest's memory known and
+wanted; it loses it when buffers have to be taken back from the kernel (an rx virtqueue stops), or when the memory map
+changes. The engine decides about buffers; this module decides about order: memory, socket, steering, virtqueue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import resource
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from mpassthru import _core
+from mpassthru.control import Configure
+from mpassthru.errors import HostError, RefusedError
+from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature, Vring
+from mpassthru.worker.async_engine import AsyncEngine
+from mpassthru.worker.privileges import CAP_IPC_LOCK, effective_capabilities
+from mpassthru.worker.socket_client import SocketClient
+
+BIND_TIMEOUT_S: Final = 1.5
+"""How long a queue may be busy: the kernel lets go of an earlier socket 30-60 ms after its end."""
+BIND_PAUSE_S: Final = 0.02
+FRAME_MIN_BYTES: Final = 60
+ETHERTYPE_RARP: Final = 0x8035
+
+FEATURES: Final = (
+    VirtioFeature.VIRTIO_F_VERSION_1
+    | VirtioFeature.VIRTIO_F_INDIRECT_DESC
+    | VirtioFeature.VIRTIO_F_EVENT_IDX
+    | VirtioFeature.VIRTIO_F_ANY_LAYOUT
+    | VirtioFeature.VIRTIO_NET_F_MRG_RXBUF
+    | VirtioFeature.VIRTIO_NET_F_MTU
+    # The control virtqueue is the front-end's own business; some (cloud-hypervisor) have one only if we offer it.
+    | VirtioFeature.VIRTIO_NET_F_CTRL_VQ
+    | VirtioFeature.VIRTIO_NET_F_CTRL_RX
+    | VirtioFeature.VIRTIO_NET_F_GUEST_ANNOUNCE
+    | VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES
+)
+PROTOCOL_FEATURES: Final = (
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_MTU
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_BACKEND_REQ
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_RESET_DEVICE
+)
+
+
+class PortDevice:
+    """One port's device.
+
+    Args:
+        engine: The data plane.
+        sockets: Where AF_XDP sockets come from.
+        configuration: Interface, queues and limits.
+        on_running: Called when the first virtqueue has started after none was.
+        notice: Called with one line for the user.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        sockets: SocketClient,
+        configuration: Configure,
+        *,
+        on_running: Callable[[], None],
+        notice: Callable[[str], None],
+    ) -> None:
+        self.queue_pairs_max = len(configuration.queue_ids)
+        self.features = int(FEATURES)
+        if self.queue_pairs_max > 1:
+            self.features |= VirtioFeature.VIRTIO_NET_F_MQ
+        self.protocol_features = int(PROTOCOL_FEATURES)
+        self._engine = engine
+        self._sockets = sockets
+        self._configuration = configuration
+        self._on_running = on_running
+        self._notice = notice
+        self._driver_features = 0
+        self._running: set[int] = set()
+        self._attaching = [asyncio.Lock() for _ in configuration.queue_ids]
+
+    async def set_features(self, features: int) -> None:
+        """Take the negotiated features; virtqueues started from now on have them."""
+        self._driver_features = features
+
+    async def map_memory(self, regions: Sequence[MemoryRegion]) -> None:
+        """Replace the guest's memory; sockets are closed first, for they pin the old one.
+
+        Raises:
+            RefusedError: the memlock limit or the kernel cannot take so much memory.
+            HostError: a region cannot be mapped.
+        """
+        await self._detach_sockets()
+        check_memlock(sum(region.size_bytes for region in regions))
+        self._engine.map_memory(
+            [
+                _core.MemoryRegion(
+                    guest_phys_address=region.guest_phys_address,
+                    size_bytes=region.size_bytes,
+                    user_address=region.user_address,
+                    mmap_offset=region.mmap_offset,
+                    fd=region.fd,
+                )
+                for region in regions
+            ]
+        )
+
+    async def start_vring(self, index: int, vring: Vring) -> None:
+        """Start a virtqueue, with a socket for its queue pair.
+
+        Raises:
+            HostError: no socket could be had or bound.
+            QueueFault: the rings are not in guest memory.
+        """
+        await self._attach_socket(index // 2)
+        await self._engine.start_vring(
+            index,
+            _core.VringConfig(
+                size=vring.size,
+                base=vring.base,
+                desc_user_address=vring.desc_user_address,
+                avail_user_address=vring.avail_user_address,
+                used_user_address=vring.used_user_address,
+                features=self._driver_features,
+                enabled=vring.enabled,
+                kick_fd=vring.kick_fd,
+                call_fd=vring.call_fd,
+                err_fd=vring.err_fd,
+            ),
+        )
+        if not self._running:
+            self._on_running()
+        self._running.add(index)
+
+    async def stop_vring(self, index: int) -> int:
+        """Stop a virtqueue; its base is returned when every buffer has come back."""
+        attached = self._engine.socket_attached(index // 2)
+        self._running.discard(index)
+        base = await self._engine.stop_vring(index)
+        if attached and not self._engine.socket_attached(index // 2):
+            self._sockets.released(index // 2)
+        return base
+
+    async def set_vring_enabled(self, index: int, enabled: bool) -> None:
+        """Let a started virtqueue move frames, or not."""
+        await self._engine.set_vring_enabled(index, enabled)
+
+    async def set_vring_call(self, index: int, fd: int) -> None:
+        """Replace the call eventfd; -1 for none."""
+        await self._engine.set_vring_call(index, fd)
+
+    async def set_vring_err(self, index: int, fd: int) -> None:
+        """Replace the err eventfd; -1 for none."""
+        await self._engine.set_vring_err(index, fd)
+
+    async def set_mtu(self, mtu_bytes: int) -> None:
+        """Check the MTU that the guest will be told.
+
+        Raises:
+            RefusedError: the interface cannot carry such frames.
+        """
+        limit_bytes = self._configuration.mtu_bytes
+        if mtu_bytes > limit_bytes:
+            raise RefusedError(
+                f"a guest MTU of {mtu_bytes} does not fit {self._configuration.interface} (MTU {limit_bytes}): "
+                f"use host_mtu={limit_bytes} or less"
+            )
+
+    async def send_rarp(self, mac: bytes) -> None:
+        """Announce the guest's address to the network after a migration (vhost-user.rst, VHOST_USER_SEND_RARP)."""
+        if not self._engine.socket_attached(0):
+            self._notice("cannot announce the guest's address: no socket is attached yet")
+            return
+        await self._engine.send_frame(0, rarp_frame(mac))
+
+    async def set_status(self, status: int) -> None:
+        """Nothing to do: virtqueues tell what the driver is ready for."""
+
+    async def reset(self) -> None:
+        """Close every socket; the session has stopped the virtqueues."""
+        self._running.clear()
+        await self._detach_sockets()
+
+    async def give_up_socket(self, queue_pair: int) -> None:
+        """Close a socket that no longer works; its virtqueues stay, and their frames are dropped."""
+        if self._engine.socket_attached(queue_pair):
+            await self._engine.detach_socket(queue_pair)
+            self._sockets.released(queue_pair)
+
+    async def _detach_sockets(self) -> None:
+        for queue_pair in range(self.queue_pairs_max):
+            await self.give_up_socket(queue_pair)
+
+    async def _attach_socket(self, queue_pair: int) -> None:
+        async with self._attaching[queue_pair]:
+            if self._engine.socket_attached(queue_pair):
+                return
+            zero_copy = await self._bind_socket(queue_pair)
+            try:
+                await self._sockets.bound(queue_pair, "zero-copy" if zero_copy else "copy")
+            except BaseException:
+                await self._engine.detach_socket(queue_pair)
+                raise
+
+    async def _bind_socket(self, queue_pair: int) -> bool:
+        """Bind a new socket, again while the kernel is still taking an earlier one down."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + BIND_TIMEOUT_S
+        while True:
+            fd = await self._sockets.want(queue_pair)
+            try:
+                return bool(await self._engine.attach_socket(queue_pair, self._socket_config(queue_pair, fd)))
+            except HostError as error:
+                if error.errno != errno.EBUSY or loop.time() > deadline:
+                    raise
+            finally:
+                os.close(fd)
+            await asyncio.sleep(BIND_PAUSE_S)
+
+    def _socket_config(self, queue_pair: int, fd: int) -> _core.SocketConfig:
+        return _core.SocketConfig(
+            socket_fd=fd,
+            ifindex=self._configuration.ifindex,
+            queue_id=self._configuration.queue_ids[queue_pair],
+            mode=self._configuration.socket_mode,
+            frame_max_bytes=self._configuration.frame_max_bytes,
+        )
+
+
+def check_memlock(memory_bytes: int) -> None:
+    """Refuse memory that may not be locked, before anything is pinned.
+
+    Raises:
+        RefusedError: the limit is too small and CAP_IPC_LOCK is missing.
+    """
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit_bytes == resource.RLIM_INFINITY or memory_bytes <= limit_bytes:
+        return
+    if CAP_IPC_LOCK not in effective_capabilities():
+        raise RefusedError(
+            f"cannot pin {memory_bytes >> 20} MiB of guest memory: the memlock limit is {limit_bytes >> 20} MiB; "
+            "raise it (ulimit -l unlimited, LimitMEMLOCK=infinity) or give the broker CAP_SYS_RESOURCE or CAP_IPC_LOCK"
+        )
+
+
+def rarp_frame(mac: bytes) -> bytes:
+    """A broadcast RARP request of a station for its own address (RFC 903), padded to the shortest Ethernet frame."""
+    ethernet = b"\xff" * 6 + mac + ETHERTYPE_RARP.to_bytes(2, "big")
+    hardware_ethernet, protocol_ipv4, request_reverse = 1, 0x0800, 3
+    fixed = hardware_ethernet.to_bytes(2, "big") + protocol_ipv4.to_bytes(2, "big") + bytes((6, 4))
+    body = fixed + request_reverse.to_bytes(2, "big") + (mac + bytes(4)) * 2
+    return (ethernet + body).ljust(FRAME_MIN_BYTES, b"\0")

@@ -1,0 +1,163 @@
+"""The worker's life: configured, unprivileged, then one front-end after another until the broker says stop or is gone.
+
+Privileges are given up between the broker's configuration and `Ready`; the broker hands over a front-end only after
+`Ready`, so that no privileged code ever meets a byte that a front-end or a guest wrote.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from mpassthru import control
+from mpassthru.control import BrokerMessage, Configure, ControlChannel, ControlError, WorkerMessage, close_fds
+from mpassthru.errors import MpassthruError
+from mpassthru.report import DirectionReport
+from mpassthru.vhost_user import Connection, serve
+from mpassthru.worker import privileges
+from mpassthru.worker.async_engine import AsyncEngine
+from mpassthru.worker.device import PortDevice
+from mpassthru.worker.socket_client import SocketClient
+
+if TYPE_CHECKING:
+    from mpassthru._core import Engine, Event
+
+MakeEngine = Callable[[Configure], "Engine"]
+
+
+class _Counters(msgspec.Struct, frozen=True):
+    rx: DirectionReport
+    tx: DirectionReport
+
+
+class Worker:
+    """Serves a port for the broker at the other end of `channel`."""
+
+    def __init__(
+        self,
+        channel: ControlChannel[WorkerMessage, BrokerMessage],
+        configuration: Configure,
+        engine: Engine,
+    ) -> None:
+        self._channel = channel
+        self._configuration = configuration
+        self._engine = AsyncEngine(engine, self._on_trouble)
+        self._sockets = SocketClient(channel)
+        self._session: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self._device: PortDevice | None = None
+
+    async def run(self) -> None:
+        """Answer the broker until it says stop or closes its end; then give everything back.
+
+        Raises:
+            ControlError: the broker is gone, or sent nonsense.
+        """
+        self._channel.send(control.Ready())
+        try:
+            while (received := await self._channel.receive()) is not None:
+                message, fds = received
+                if isinstance(message, control.Stop):
+                    break
+                self._act_on(message, fds)
+        finally:
+            await self._end_session()
+            with suppress(ControlError):  # a broker that was killed wants no last report
+                self._report()
+            self._engine.close()
+
+    def _act_on(self, message: BrokerMessage, fds: list[int]) -> None:
+        match message:
+            case control.FrontendConnected():
+                self._session = asyncio.create_task(self._serve(socket.socket(fileno=fds[0])))
+            case control.SocketGranted() | control.SocketSteered() | control.SocketRefused():
+                self._sockets.answered(message, fds)
+            case control.ReportWanted():
+                self._report()
+            case _:
+                close_fds(fds)
+                raise ControlError(f"unexpected control message {type(message).__name__}")
+
+    async def _serve(self, sock: socket.socket) -> None:
+        """One front-end, from its first message to its last."""
+        self._tell_state("connected")
+        self._device = PortDevice(
+            self._engine,
+            self._sockets,
+            self._configuration,
+            on_running=lambda: self._tell_state("running"),
+            notice=lambda text: self._channel.send(control.Notice(text=text)),
+        )
+        error: str | None = None
+        try:
+            await serve(Connection(sock), self._device)
+        except (MpassthruError, ConnectionError) as ended_by:
+            error = str(ended_by)
+        finally:
+            sock.close()
+        self._device = None
+        self._tell_state("waiting", error)
+
+    async def _end_session(self) -> None:
+        if self._session is not None:
+            self._session.cancel()
+            await asyncio.gather(self._session, *self._background, return_exceptions=True)
+
+    def _tell_state(self, state: control.GuestState, error: str | None = None) -> None:
+        self._channel.send(control.SessionChanged(state=state, error=error))
+
+    def _report(self) -> None:
+        counters = msgspec.convert(self._engine.engine.counters(), _Counters)
+        self._channel.send(control.WorkerReport(rx=counters.rx, tx=counters.tx))
+
+    def _on_trouble(self, event: Event) -> None:
+        socket_lost = event.kind == "host-error"
+        kind: Literal["fault", "host-error"] = "host-error" if socket_lost else "fault"
+        self._channel.send(control.Fault(vring=event.vring, kind=kind, error=str(event.error)))
+        if socket_lost and self._device is not None:
+            closing = asyncio.create_task(self._device.give_up_socket(event.vring // 2))
+            self._background.add(closing)
+            closing.add_done_callback(self._background.discard)
+
+
+async def serve_port(control_fd: int, make_engine: MakeEngine) -> None:
+    """Take the configuration from the broker, give up all privileges, and serve.
+
+    Args:
+        control_fd: This process's end of the control channel.
+        make_engine: Makes the data plane; called after the privileges are gone.
+
+    Raises:
+        ControlError: the broker is gone before it said anything, or sent nonsense.
+        HostError: a privilege cannot be given up.
+    """
+    channel = control.worker_channel(socket.socket(fileno=control_fd))
+    received = await channel.receive()
+    if received is None:
+        return
+    configuration, fds = received
+    close_fds(fds)
+    if not isinstance(configuration, Configure):
+        raise ControlError(f"the first control message is {type(configuration).__name__}, not Configure")
+    privileges.drop(uid=configuration.uid, gid=configuration.gid, keep_ipc_lock=configuration.keep_ipc_lock)
+    worker = Worker(channel, configuration, make_engine(configuration))
+    running = asyncio.ensure_future(worker.run())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
+    with suppress(asyncio.CancelledError):
+        await running
+    channel.close()
+
+
+def start(control_fd: int, parent_pid: int, make_engine: MakeEngine) -> None:
+    """Entry of the worker process; see `serve_port`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    privileges.die_with_parent(parent_pid)
+    os.set_inheritable(control_fd, False)
+    asyncio.run(serve_port(control_fd, make_engine))
