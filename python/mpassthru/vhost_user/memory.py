@@ -50,6 +50,11 @@ class MemoryRegion:
             region.size_bytes,
         )
 
+    def is_same_memory(self, other: MemoryRegion) -> bool:
+        """The same description of the same file: a front-end that repeats itself."""
+        mine, others = os.fstat(self.fd), os.fstat(other.fd)
+        return self.description == other.description and (mine.st_dev, mine.st_ino) == (others.st_dev, others.st_ino)
+
     def __str__(self) -> str:
         return f"region {self.guest_phys_address:#x}+{self.size_bytes:#x}"
 
@@ -83,6 +88,12 @@ class MemoryTable:
     def find(self, region: RegionDescription) -> MemoryRegion | None:
         """The region that REM_MEM_REG would mean by `region`."""
         return next((known for known in self.regions if known.matches(region)), None)
+
+    def is_same_memory(self, other: MemoryTable) -> bool:
+        """Whether `other` lists the same regions of the same files, in the same order."""
+        return len(self) == len(other) and all(
+            mine.is_same_memory(others) for mine, others in zip(self, other, strict=True)
+        )
 
     def with_region(self, region: MemoryRegion) -> MemoryTable:
         """This table and one region more.

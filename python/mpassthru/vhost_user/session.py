@@ -1,0 +1,479 @@
+"""One front-end's connection: the back-end side of vhost-user, driving a `Device`.
+
+Messages are handled one after the other, in order. How a failure ends:
+
+* ProtocolError: the front-end broke the protocol. The connection ends.
+* Any other MpassthruError, of the device or of a message that is not offered: a non-zero acknowledgement if the
+  front-end asked for one (REPLY_ACK), otherwise the connection ends, for a front-end that goes on as if it had
+  worked would be wrong about the device.
+
+Invariant: when `run` returns, however it does, every vring is stopped, no memory is mapped and every descriptor that
+the front-end sent is closed.
+
+Front-ends differ in order and repetition; what is accepted for their sake is said at each handler.
+vhost-user.rst, "Front-end message types".
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from mpassthru.errors import HostError, MpassthruError, ProtocolError, RefusedError
+from mpassthru.vhost_user.connection import Connection
+from mpassthru.vhost_user.device import Device
+from mpassthru.vhost_user.features import ProtocolFeature, VirtioFeature, describe_bits
+from mpassthru.vhost_user.handlers import can_be_acknowledged, find_rule, handles
+from mpassthru.vhost_user.memory import MemoryRegion, MemoryTable
+from mpassthru.vhost_user.message import (
+    U64,
+    Empty,
+    MacAddress,
+    Message,
+    Payload,
+    RegionTable,
+    Request,
+    SingleRegion,
+    VringAddress,
+    VringFile,
+    VringState,
+)
+from mpassthru.vhost_user.vring import Ring, RingPhase
+
+log = logging.getLogger(__name__)
+
+MEM_SLOTS_MAX = 32
+"""Regions of guest memory that a session holds; each keeps one descriptor open."""
+
+MTU_MIN_BYTES, MTU_MAX_BYTES = 68, 65535
+"""VIRTIO 1.3 section 5.1.4.1: the device's `mtu`."""
+
+ONE_FD = range(1, 2)
+AT_MOST_ONE_FD = range(2)
+FD_PER_REGION = range(9)
+
+SUPPORTED_PROTOCOL_FEATURES = (
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_MTU
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_BACKEND_REQ
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_RESET_DEVICE
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS
+)
+"""What a session can answer; a device offers these or fewer."""
+
+_SLOTS = ProtocolFeature.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
+_STATUS = ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a back-end saw, over all its connections."""
+
+    connections: int = 0
+    messages: int = 0
+    protocol_errors: int = 0
+    refusals: int = 0
+    """Messages answered with a non-zero acknowledgement."""
+
+
+class Session:
+    """State of one connection, which it owns.
+
+    Attributes:
+        features: Acknowledged virtio features; None until SET_FEATURES.
+        protocol_features: Acknowledged protocol features.
+        memory: The front-end's memory, as mapped by the device.
+        rings: Every vring that the device has, by index.
+        status: The virtio device status.
+    """
+
+    def __init__(self, connection: Connection, device: Device, counters: Counters | None = None) -> None:
+        assert not device.protocol_features & ~SUPPORTED_PROTOCOL_FEATURES, "a device offers what the session answers"
+        assert not device.features & VirtioFeature.VHOST_F_LOG_ALL, "the session cannot log yet"
+        self.features: int | None = None
+        self.protocol_features = 0
+        self.memory = MemoryTable()
+        self.rings = [Ring(index, device) for index in range(2 * device.queue_pairs_max)]
+        self.status = 0
+        self.counters = counters if counters is not None else Counters()
+        self._backend_req_fd = -1
+        self._connection = connection
+        self._device = device
+
+    async def run(self) -> None:
+        """Answer messages until the front-end disconnects; then leave nothing behind.
+
+        Raises:
+            ProtocolError: the front-end broke the protocol, or asked for what is not offered without asking whether it
+                worked. One line that names the message and the reason.
+            MpassthruError: the device failed, and the front-end had not asked whether it worked.
+        """
+        try:
+            while (message := await self._connection.receive()) is not None:
+                self.counters.messages += 1
+                with message:
+                    await self._handle(message)
+        except ConnectionError as error:
+            log.debug("front-end gone before it read its reply: %s", error)
+        except ProtocolError:
+            self.counters.protocol_errors += 1
+            raise
+        finally:
+            await self._close()
+
+    async def _handle(self, message: Message) -> None:
+        try:
+            reply = await self._dispatch(message)
+        except ProtocolError as error:
+            raise ProtocolError(f"{message.name}: {error}") from error
+        except MpassthruError as error:
+            if not self._wants_acknowledgement(message):
+                raise _ending(message, error) from error
+            self.counters.refusals += 1
+            log.warning("%s refused: %s", message.name, error)
+            reply = U64(1)
+        if reply is None and self._wants_acknowledgement(message):
+            reply = U64(0)
+        if reply is not None:
+            await self._connection.send(message.request, reply, reply=True)
+
+    async def _dispatch(self, message: Message) -> Payload | None:
+        if message.is_reply:
+            raise ProtocolError("a reply, to nothing that was asked")
+        rule = find_rule(message)
+        return await rule.handler(self, *rule.arguments(message, self._device.protocol_features))
+
+    def _wants_acknowledgement(self, message: Message) -> bool:
+        negotiated = self.protocol_features & ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK
+        return message.needs_reply and bool(negotiated) and can_be_acknowledged(message.request)
+
+    async def _close(self) -> None:
+        try:
+            for ring in self.rings:
+                try:
+                    await ring.stop()
+                except MpassthruError as error:
+                    log.error("vring %d at the end of the connection: %s", ring.index, error)  # noqa: TRY400
+            try:
+                await self._device.map_memory(())
+            except MpassthruError as error:
+                log.error("guest memory at the end of the connection: %s", error)  # noqa: TRY400
+        finally:
+            for ring in self.rings:
+                ring.close()
+            self._keep_backend_req_fd(-1)
+            self.memory.close_except(MemoryTable())
+            self.memory = MemoryTable()
+            self._connection.close()
+
+    # ---- negotiation ---------------------------------------------------------------------------------------
+
+    @handles(Request.VHOST_USER_GET_FEATURES, Empty, has_reply=True)
+    async def _get_features(self) -> U64:
+        return U64(self._device.features)
+
+    @handles(Request.VHOST_USER_SET_FEATURES, U64)
+    async def _set_features(self, payload: U64) -> None:
+        """QEMU repeats this for each queue pair, when earlier ones run already: nothing to do if nothing changed."""
+        features = payload.value
+        if unknown := features & ~self._device.features:
+            raise ProtocolError(f"not offered: {describe_bits(VirtioFeature, unknown)}")
+        if features == self.features and any(ring.started for ring in self.rings):
+            return
+        async with self._rings_paused():
+            await self._device.set_features(features)
+            self.features = features
+
+    @handles(Request.VHOST_USER_GET_PROTOCOL_FEATURES, Empty, has_reply=True)
+    async def _get_protocol_features(self) -> U64:
+        self._need_protocol_features()
+        return U64(self._device.protocol_features)
+
+    @handles(Request.VHOST_USER_SET_PROTOCOL_FEATURES, U64)
+    async def _set_protocol_features(self, payload: U64) -> None:
+        self._need_protocol_features()
+        if unknown := payload.value & ~self._device.protocol_features:
+            raise ProtocolError(f"not offered: {describe_bits(ProtocolFeature, unknown)}")
+        self.protocol_features = payload.value
+
+    @handles(Request.VHOST_USER_GET_QUEUE_NUM, Empty, needs=ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ, has_reply=True)
+    async def _get_queue_num(self) -> U64:
+        return U64(self._device.queue_pairs_max)
+
+    @handles(Request.VHOST_USER_SET_OWNER, Empty)
+    async def _set_owner(self) -> None:
+        """The connection itself says whose session this is."""
+
+    @handles(Request.VHOST_USER_RESET_OWNER, Empty)
+    async def _reset_owner(self) -> None:
+        """Deprecated; the specification's advice is to ignore it or to disable all rings.
+
+        Disabled only where the front-end can enable them again.
+        """
+        if (self.features or 0) & VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES:
+            for ring in self.rings:
+                await self._enable(ring, False)
+
+    # ---- guest memory --------------------------------------------------------------------------------------
+
+    @handles(Request.VHOST_USER_SET_MEM_TABLE, RegionTable, fds=FD_PER_REGION)
+    async def _set_mem_table(self, payload: RegionTable, message: Message) -> None:
+        """Repeated at each start of the driver; a table that did not change keeps its mapping."""
+        if len(payload.regions) != len(message.fds):
+            raise ProtocolError(f"{len(message.fds)} descriptors came along with {len(payload.regions)} regions")
+        pairs = zip(payload.regions, message.fds, strict=True)
+        table = MemoryTable(MemoryRegion.from_description(region, fd) for region, fd in pairs)
+        if self.memory.is_same_memory(table):
+            return
+        message.take_fds()
+        await self._map(table)
+
+    @handles(Request.VHOST_USER_GET_MAX_MEM_SLOTS, Empty, needs=_SLOTS, has_reply=True)
+    async def _get_max_mem_slots(self) -> U64:
+        return U64(MEM_SLOTS_MAX)
+
+    @handles(Request.VHOST_USER_ADD_MEM_REG, SingleRegion, fds=ONE_FD, needs=_SLOTS)
+    async def _add_mem_reg(self, payload: SingleRegion, message: Message) -> None:
+        """QEMU 7.2 with several queue pairs sends each region once per pair: the same region again is no change."""
+        region = MemoryRegion.from_description(payload.region, message.fds[0])
+        known = self.memory.find(payload.region)
+        if known is not None and known.is_same_memory(region):
+            return
+        if len(self.memory) >= MEM_SLOTS_MAX:
+            raise RefusedError(f"{region} is one more than the {MEM_SLOTS_MAX} memory slots")
+        table = self.memory.with_region(region)
+        message.take_fds()
+        await self._map(table)
+
+    @handles(Request.VHOST_USER_REM_MEM_REG, SingleRegion, fds=AT_MOST_ONE_FD, needs=_SLOTS)
+    async def _rem_mem_reg(self, payload: SingleRegion, _message: Message) -> None:
+        """A descriptor that older front-ends send along is closed. A region already gone is QEMU 7.2 once more."""
+        region = self.memory.find(payload.region)
+        if region is None:
+            log.debug("region at %#x to remove is not mapped", payload.region.guest_phys_address)
+            return
+        await self._map(self.memory.without_region(region))
+
+    # ---- vrings --------------------------------------------------------------------------------------------
+
+    @handles(Request.VHOST_USER_SET_VRING_NUM, VringState)
+    async def _set_vring_num(self, payload: VringState) -> None:
+        ring = self._ring(payload.index)
+        ring.set_size(payload.num)
+        await ring.start_if_ready(self.memory, self.features)
+
+    @handles(Request.VHOST_USER_SET_VRING_ADDR, VringAddress)
+    async def _set_vring_addr(self, payload: VringAddress) -> None:
+        """May come again while the vring runs: the same addresses are no change, others move it with its base."""
+        ring = self._ring(payload.index)
+        if payload.flags:
+            raise RefusedError(f"flags {payload.flags:#x}: logging of the used ring was not offered")
+        for part, address, alignment_bytes in (
+            # VIRTIO 1.3 section 2.7
+            ("descriptor table", payload.desc_user_address, 16),
+            ("avail ring", payload.avail_user_address, 2),
+            ("used ring", payload.used_user_address, 4),
+        ):
+            if address % alignment_bytes:
+                raise ProtocolError(f"{part} at {address:#x} is not aligned to {alignment_bytes} bytes")
+        if ring.started and payload == ring.address:
+            return
+        await ring.pause()
+        ring.address = payload
+        await ring.start_if_ready(self.memory, self.features)
+
+    @handles(Request.VHOST_USER_SET_VRING_BASE, VringState)
+    async def _set_vring_base(self, payload: VringState) -> None:
+        ring = self._ring(payload.index)
+        ring.set_base(payload.num)
+        await ring.start_if_ready(self.memory, self.features)
+
+    @handles(Request.VHOST_USER_GET_VRING_BASE, VringState, has_reply=True)
+    async def _get_vring_base(self, payload: VringState) -> VringState:
+        """Also asked for vrings that never started."""
+        ring = self._ring(payload.index)
+        await ring.stop()
+        return VringState(ring.index, ring.base or 0)
+
+    @handles(Request.VHOST_USER_SET_VRING_KICK, VringFile, fds=AT_MOST_ONE_FD)
+    async def _set_vring_kick(self, payload: VringFile, message: Message) -> None:
+        """Starts the vring. A new descriptor for a running one restarts it where it is."""
+        ring = self._ring(payload.index)
+        if _checked_fd(payload, message) < 0:
+            raise RefusedError(f"vring {ring.index} would have to be polled; only kicks by descriptor are offered")
+        await ring.pause()
+        ring.set_kick(message.take_fds()[0])
+        try:
+            await ring.start_if_ready(self.memory, self.features)
+        except MpassthruError:
+            ring.set_kick(-1)
+            raise
+
+    @handles(Request.VHOST_USER_SET_VRING_CALL, VringFile, fds=AT_MOST_ONE_FD)
+    async def _set_vring_call(self, payload: VringFile, message: Message) -> None:
+        """Before the vring starts (DPDK sends it first of all), and at any time while it runs (interrupt masking)."""
+        ring = self._ring(payload.index)
+        fd = _checked_fd(payload, message)
+        if ring.started:
+            await self._device.set_vring_call(ring.index, fd)
+        message.take_fds()
+        ring.set_call(fd)
+
+    @handles(Request.VHOST_USER_SET_VRING_ERR, VringFile, fds=AT_MOST_ONE_FD)
+    async def _set_vring_err(self, payload: VringFile, message: Message) -> None:
+        ring = self._ring(payload.index)
+        fd = _checked_fd(payload, message)
+        if ring.started:
+            await self._device.set_vring_err(ring.index, fd)
+        message.take_fds()
+        ring.set_err(fd)
+
+    @handles(Request.VHOST_USER_SET_VRING_ENABLE, VringState)
+    async def _set_vring_enable(self, payload: VringState) -> None:
+        """QEMU sends this before SET_FEATURES, so that having offered protocol features is all that can be asked."""
+        self._need_protocol_features()
+        ring = self._ring(payload.index)
+        if payload.num not in (0, 1):
+            raise ProtocolError(f"vring {ring.index}: {payload.num} is neither 0 nor 1")
+        await self._enable(ring, bool(payload.num))
+
+    # ---- device --------------------------------------------------------------------------------------------
+
+    @handles(Request.VHOST_USER_SEND_RARP, MacAddress, needs=ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP)
+    async def _send_rarp(self, payload: MacAddress) -> None:
+        await self._device.send_rarp(payload.mac)
+
+    @handles(Request.VHOST_USER_NET_SET_MTU, U64, needs=ProtocolFeature.VHOST_USER_PROTOCOL_F_MTU)
+    async def _net_set_mtu(self, payload: U64) -> None:
+        if not MTU_MIN_BYTES <= payload.value <= MTU_MAX_BYTES:
+            raise RefusedError(f"an MTU of {payload.value} bytes; {MTU_MIN_BYTES} to {MTU_MAX_BYTES} are possible")
+        await self._device.set_mtu(payload.value)
+
+    @handles(
+        Request.VHOST_USER_SET_BACKEND_REQ_FD,
+        Empty,
+        fds=ONE_FD,
+        needs=ProtocolFeature.VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+    )
+    async def _set_backend_req_fd(self, message: Message) -> None:
+        """Kept open while the connection lasts: front-ends take its end for a failed back-end."""
+        self._keep_backend_req_fd(message.take_fds()[0])
+
+    @handles(Request.VHOST_USER_SET_STATUS, U64, needs=_STATUS)
+    async def _set_status(self, payload: U64) -> None:
+        """VIRTIO 1.3 section 2.1: eight bits; 0 is a reset, after which no vring may be touched."""
+        if payload.value > 0xFF:
+            raise ProtocolError(f"a device status of {payload.value:#x}; it has eight bits")
+        if payload.value == 0:
+            await self._stop_all()
+        await self._device.set_status(payload.value)
+        self.status = payload.value
+
+    @handles(Request.VHOST_USER_GET_STATUS, Empty, needs=_STATUS, has_reply=True)
+    async def _get_status(self) -> U64:
+        return U64(self.status)
+
+    @handles(Request.VHOST_USER_RESET_DEVICE, Empty, needs=ProtocolFeature.VHOST_USER_PROTOCOL_F_RESET_DEVICE)
+    async def _reset_device(self) -> None:
+        """Memory and call descriptors stay: QEMU sends neither again after a reset."""
+        await self._stop_all()
+        await self._device.reset()
+        for ring in self.rings:
+            ring.forget()
+        self.features = None
+        self.status = 0
+
+    # ---- what handlers share -------------------------------------------------------------------------------
+
+    def _ring(self, index: int) -> Ring:
+        if index >= len(self.rings):
+            raise ProtocolError(f"vring {index} of a device with {len(self.rings)}")
+        return self.rings[index]
+
+    def _need_protocol_features(self) -> None:
+        if not self._device.features & VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES:
+            raise RefusedError("VHOST_USER_F_PROTOCOL_FEATURES was not offered")
+
+    def _keep_backend_req_fd(self, fd: int) -> None:
+        if self._backend_req_fd >= 0:
+            os.close(self._backend_req_fd)
+        self._backend_req_fd = fd
+
+    async def _enable(self, ring: Ring, enabled: bool) -> None:
+        if ring.started and ring.is_enabled(self.features or 0) != enabled:
+            await self._device.set_vring_enabled(ring.index, enabled)
+        ring.enabled = enabled
+
+    async def _stop_all(self) -> None:
+        for ring in self.rings:
+            await ring.stop()
+
+    @asynccontextmanager
+    async def _rings_paused(self) -> AsyncIterator[None]:
+        """Stop the vrings that run for the length of a `with`; afterwards start every vring that can, also on failure.
+
+        Not when cancelled: then the session is about to end.
+        """
+        try:
+            for ring in self.rings:
+                await ring.pause()
+            yield
+        except MpassthruError:
+            await self._resume()
+            raise
+        await self._resume()
+
+    async def _resume(self) -> None:
+        """Start the waiting vrings. One whose parts are not in memory waits on: QEMU removes regions to add others."""
+        for ring in self.rings:
+            if ring.lies_in(self.memory, self.features):
+                await ring.start_if_ready(self.memory, self.features)
+            elif ring.phase is RingPhase.WAITING:
+                log.warning("vring %d waits: it is outside the memory that the front-end sent", ring.index)
+
+    async def _map(self, table: MemoryTable) -> None:
+        """Replace the memory map; `table` belongs to the session from here on. After a failure the old map is back."""
+        old = self.memory
+        async with self._rings_paused():
+            self.memory = table
+            try:
+                await self._device.map_memory(table.regions)
+            except MpassthruError:
+                await self._map_again(old)
+                raise
+            except BaseException:
+                old.close_except(table)
+                raise
+            old.close_except(table)
+
+    async def _map_again(self, old: MemoryTable) -> None:
+        self.memory.close_except(old)
+        self.memory = old
+        try:
+            await self._device.map_memory(old.regions)
+        except MpassthruError:
+            old.close_except(MemoryTable())
+            self.memory = MemoryTable()
+            raise
+
+
+def _checked_fd(payload: VringFile, message: Message) -> int:
+    """The descriptor that came along, still the message's; -1 if the payload says that there is none."""
+    if payload.has_fd != bool(message.fds):
+        raise ProtocolError(
+            f"vring {payload.index}: {len(message.fds)} descriptors came along, "
+            f"and the payload says {int(payload.has_fd)}"
+        )
+    return message.fds[0] if message.fds else -1
+
+
+def _ending(message: Message, error: MpassthruError) -> MpassthruError:
+    """What ends the connection when `error` cannot be said to the front-end."""
+    line = f"{message.name}: {error}"
+    return HostError(error.errno or 0, line) if isinstance(error, HostError) else ProtocolError(line)
