@@ -59,11 +59,13 @@ class Event:
     kind:
         ``completed``: the operation `token` ended; `value` is its result, or `error` is set.
         ``fault``: virtqueue `vring` was stopped; `error` is a QueueFault.
+        ``kicked-empty``: virtqueue `vring` was kicked while its rings hold nothing but zeros (told once per start):
+            if that lasts, the front-end's memory is not shared with us.
         ``host-error``: the socket of queue pair `vring` // 2 no longer works; `error` is a HostError.
     """
 
     @property
-    def kind(self) -> Literal["completed", "fault", "host-error"]: ...
+    def kind(self) -> Literal["completed", "fault", "kicked-empty", "host-error"]: ...
     @property
     def token(self) -> int: ...
     @property

@@ -1,1 +1,15 @@
 //! The data plane of one port: guest memory, virtqueues, AF_XDP sockets and the pump that joins them.
+//!
+//! Dependencies point one way: `engine → pump → {virtqueue, xsk} → guest_memory`. Nothing here knows of Python or of
+//! vhost-user.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod engine;
+pub mod error;
+pub mod fd;
+pub mod guest_memory;
+pub mod pump;
+pub mod stats;
+pub mod virtqueue;
+pub mod xsk;

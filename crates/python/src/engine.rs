@@ -1,5 +1,270 @@
-use pyo3::prelude::*;
+//! `Engine`: the worker's handle on the data plane of one port (`crates/datapath`).
 
-pub(crate) fn register(_module: &Bound<'_, PyModule>) -> PyResult<()> {
-    Ok(())
+use std::os::fd::RawFd;
+
+use mpassthru_datapath::engine::Engine as Port;
+use mpassthru_datapath::fd::EventFd;
+use mpassthru_datapath::guest_memory::{GuestPhysAddr, RegionSpec, UserAddr};
+use mpassthru_datapath::pump::{self, PollMode};
+use mpassthru_datapath::stats::{BounceReason, Counts, DropReason};
+use mpassthru_datapath::virtqueue::QueueConfig;
+use mpassthru_datapath::xsk::{BindMode, SocketParams, UmemLayout};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::error::{datapath_error, fault_error, host_error_of};
+
+pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<MemoryRegion>()?;
+    module.add_class::<VringConfig>()?;
+    module.add_class::<SocketConfig>()?;
+    module.add_class::<Event>()?;
+    module.add_class::<Engine>()
+}
+
+/// One region of guest memory, as VHOST_USER_SET_MEM_TABLE describes it.
+#[pyclass(frozen, module = "mpassthru._core")]
+struct MemoryRegion(RegionSpec);
+
+#[pymethods]
+impl MemoryRegion {
+    #[new]
+    #[pyo3(signature = (*, guest_phys_address, size_bytes, user_address, mmap_offset, fd))]
+    fn new(guest_phys_address: u64, size_bytes: u64, user_address: u64, mmap_offset: u64, fd: RawFd) -> Self {
+        Self(RegionSpec {
+            guest_phys: GuestPhysAddr(guest_phys_address),
+            size_bytes,
+            user: UserAddr(user_address),
+            mmap_offset,
+            fd,
+        })
+    }
+}
+
+/// A virtqueue ready to run.
+#[pyclass(frozen, module = "mpassthru._core")]
+struct VringConfig {
+    queue: QueueConfig,
+    features: u64,
+    enabled: bool,
+    kick_fd: RawFd,
+    call_fd: RawFd,
+    err_fd: RawFd,
+}
+
+#[pymethods]
+impl VringConfig {
+    #[new]
+    #[pyo3(signature = (*, size, base, desc_user_address, avail_user_address, used_user_address, features, enabled,
+                        kick_fd, call_fd = -1, err_fd = -1))]
+    fn new(
+        size: u32,
+        base: u16,
+        desc_user_address: u64,
+        avail_user_address: u64,
+        used_user_address: u64,
+        features: u64,
+        enabled: bool,
+        kick_fd: RawFd,
+        call_fd: RawFd,
+        err_fd: RawFd,
+    ) -> Self {
+        let queue = QueueConfig {
+            size,
+            base,
+            desc: UserAddr(desc_user_address),
+            avail: UserAddr(avail_user_address),
+            used: UserAddr(used_user_address),
+            event_idx: false, // taken from `features` by the pump
+        };
+        Self { queue, features, enabled, kick_fd, call_fd, err_fd }
+    }
+}
+
+/// How a queue pair's AF_XDP socket is bound.
+#[pyclass(frozen, module = "mpassthru._core")]
+struct SocketConfig {
+    socket_fd: RawFd,
+    params: SocketParams,
+}
+
+#[pymethods]
+impl SocketConfig {
+    #[new]
+    #[pyo3(signature = (*, socket_fd, ifindex, queue_id, mode, frame_max_bytes))]
+    fn new(socket_fd: RawFd, ifindex: u32, queue_id: u32, mode: &str, frame_max_bytes: u32) -> PyResult<Self> {
+        let mode = match mode {
+            "copy" => BindMode::Copy,
+            "zero-copy" => BindMode::ZeroCopy,
+            _ => return Err(PyValueError::new_err(format!("mode is copy or zero-copy, not {mode:?}"))),
+        };
+        let layout = UmemLayout::for_frames(frame_max_bytes).ok_or_else(|| {
+            PyValueError::new_err(format!("frames of {frame_max_bytes} bytes do not fit a chunk of 4096 bytes"))
+        })?;
+        Ok(Self { socket_fd, params: SocketParams { ifindex, queue_id, mode, layout } })
+    }
+}
+
+/// Something that happened on a pump thread.
+#[pyclass(frozen, module = "mpassthru._core")]
+struct Event {
+    #[pyo3(get)]
+    kind: &'static str,
+    #[pyo3(get)]
+    token: u64,
+    #[pyo3(get)]
+    vring: usize,
+    #[pyo3(get)]
+    value: u64,
+    error: Option<PyErr>,
+}
+
+#[pymethods]
+impl Event {
+    #[getter]
+    fn error<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
+        self.error.as_ref().map(|error| error.clone_ref(py).into_value(py).into_bound(py).into_any())
+    }
+}
+
+impl From<pump::Event> for Event {
+    fn from(event: pump::Event) -> Self {
+        let blank = Self { kind: "", token: 0, vring: 0, value: 0, error: None };
+        match event {
+            pump::Event::Completed(pump::Completion { token, result: Ok(value) }) => {
+                Self { kind: "completed", token, value, ..blank }
+            }
+            pump::Event::Completed(pump::Completion { token, result: Err(error) }) => {
+                Self { kind: "completed", token, error: Some(datapath_error(error)), ..blank }
+            }
+            pump::Event::Fault { vring, fault } => {
+                Self { kind: "fault", vring, error: Some(fault_error(&fault)), ..blank }
+            }
+            pump::Event::KickedEmpty { vring } => Self { kind: "kicked-empty", vring, ..blank },
+            pump::Event::Host { vring, error } => {
+                Self { kind: "host-error", vring, error: Some(host_error_of(&error)), ..blank }
+            }
+        }
+    }
+}
+
+/// Guest memory, virtqueues and sockets of one port.
+#[pyclass(frozen, module = "mpassthru._core")]
+struct Engine(Port);
+
+#[pymethods]
+impl Engine {
+    #[new]
+    #[pyo3(signature = (*, queue_pairs, poll = "adaptive"))]
+    fn new(queue_pairs: usize, poll: &str) -> PyResult<Self> {
+        let poll = match poll {
+            "busy" => PollMode::Busy,
+            "adaptive" => PollMode::Adaptive,
+            "interrupt" => PollMode::Interrupt,
+            _ => return Err(PyValueError::new_err(format!("poll is busy, adaptive or interrupt, not {poll:?}"))),
+        };
+        Port::new(queue_pairs, poll).map(Self).map_err(datapath_error)
+    }
+
+    #[getter]
+    fn event_fd(&self) -> RawFd {
+        self.0.events().ready_fd()
+    }
+
+    fn drain_events(&self) -> Vec<Event> {
+        self.0.events().drain().into_iter().map(Event::from).collect()
+    }
+
+    fn map_memory(&self, py: Python<'_>, regions: Vec<PyRef<'_, MemoryRegion>>) -> PyResult<()> {
+        let specs: Vec<_> = regions.iter().map(|region| region.0).collect();
+        py.detach(|| self.0.map_memory(&specs)).map_err(datapath_error)
+    }
+
+    fn attach_socket(&self, queue_pair: usize, config: &SocketConfig) -> PyResult<u64> {
+        self.0.attach_socket(queue_pair, config.socket_fd, config.params).map_err(datapath_error)
+    }
+
+    fn detach_socket(&self, queue_pair: usize) -> PyResult<u64> {
+        self.0.detach_socket(queue_pair).map_err(datapath_error)
+    }
+
+    fn start_vring(&self, index: usize, config: &VringConfig) -> PyResult<u64> {
+        let start = || {
+            self.0.start_vring(
+                index,
+                pump::VringConfig {
+                    queue: config.queue,
+                    features: config.features,
+                    enabled: config.enabled,
+                    kick: EventFd::duplicate(config.kick_fd)?,
+                    call: optional(config.call_fd)?,
+                    err: optional(config.err_fd)?,
+                },
+            )
+        };
+        start().map_err(datapath_error)
+    }
+
+    fn stop_vring(&self, index: usize) -> PyResult<u64> {
+        self.0.stop_vring(index).map_err(datapath_error)
+    }
+
+    fn set_vring_enabled(&self, index: usize, enabled: bool) -> PyResult<u64> {
+        self.0.set_vring_enabled(index, enabled).map_err(datapath_error)
+    }
+
+    fn set_vring_call(&self, index: usize, fd: RawFd) -> PyResult<u64> {
+        let set = || self.0.set_vring_call(index, optional(fd)?);
+        set().map_err(datapath_error)
+    }
+
+    fn set_vring_err(&self, index: usize, fd: RawFd) -> PyResult<u64> {
+        let set = || self.0.set_vring_err(index, optional(fd)?);
+        set().map_err(datapath_error)
+    }
+
+    fn socket_attached(&self, queue_pair: usize) -> PyResult<bool> {
+        self.0.socket_attached(queue_pair).map_err(datapath_error)
+    }
+
+    fn send_frame(&self, queue_pair: usize, frame: Vec<u8>) -> PyResult<u64> {
+        self.0.send_frame(queue_pair, frame).map_err(datapath_error)
+    }
+
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let (rx, tx) = self.0.counts();
+        let report = PyDict::new(py);
+        report.set_item("rx", direction(py, &rx)?)?;
+        report.set_item("tx", direction(py, &tx)?)?;
+        Ok(report)
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.close());
+    }
+}
+
+fn optional(fd: RawFd) -> Result<Option<EventFd>, mpassthru_datapath::error::Error> {
+    if fd < 0 { Ok(None) } else { Ok(Some(EventFd::duplicate(fd)?)) }
+}
+
+/// One direction's figures, keyed as `mpassthru.report.DirectionReport`. Reasons that never occurred are left out.
+fn direction<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyDict>> {
+    let report = PyDict::new(py);
+    report.set_item("frames", counts.frames)?;
+    report.set_item("bytes", counts.bytes)?;
+    report.set_item("direct", counts.direct)?;
+    report.set_item("bounced", by_reason(py, BounceReason::NAMES, &counts.bounced)?)?;
+    report.set_item("dropped", by_reason(py, DropReason::NAMES, &counts.dropped)?)?;
+    report.set_item("copied_bytes", counts.copied_bytes)?;
+    Ok(report)
+}
+
+fn by_reason<'py>(py: Python<'py>, names: &[&str], figures: &[u64]) -> PyResult<Bound<'py, PyDict>> {
+    let reasons = PyDict::new(py);
+    for (name, &figure) in names.iter().zip(figures).filter(|&(_, &figure)| figure > 0) {
+        reasons.set_item(name, figure)?;
+    }
+    Ok(reasons)
 }

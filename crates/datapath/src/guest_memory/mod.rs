@@ -1,0 +1,343 @@
+//! Guest memory as one range of addresses, so that one UMEM covers it all.
+//!
+//! ```text
+//!   [ front slab ][ region 0 ][ region 1 ] ... [ tail slab ]
+//!   ^ UmemAddr(0)
+//! ```
+//!
+//! The slabs are ours: bounce frames, and room for chunks that start in front of the first guest buffer or end
+//! behind the last. Regions lie back to back, those with the biggest pages first, so that every mapping is aligned
+//! without a hole: the kernel takes no UMEM with holes (`net/xdp/xdp_umem.c`).
+//!
+//! Invariant: there is no Rust reference into guest memory, for the guest changes it at any time. Everything goes
+//! through the volatile, atomic and memcpy accessors of this module, on addresses that [`GuestMemory::translate`]
+//! has checked.
+
+mod address;
+mod region;
+
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+pub use address::{GuestPhysAddr, UmemAddr, UserAddr};
+pub use region::{Region, RegionSpec};
+
+use crate::error::{Error, HostError};
+use region::Extent;
+
+/// Base page size; also the UMEM chunk size.
+pub const PAGE_BYTES: u64 = 4096;
+/// Room behind the last region, so that `address + chunk <= size` holds for its last buffer.
+const TAIL_SLAB_BYTES: u64 = 2 * PAGE_BYTES;
+/// A kvcalloc of the kernel caps the number of chunks of a pool (kernel-facts, section 2: `mm/slub.c`).
+const UMEM_CHUNKS_MAX: u64 = 16_777_215;
+
+/// A piece of guest memory that is contiguous in the UMEM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Where it starts.
+    pub addr: UmemAddr,
+    /// Its length in bytes.
+    pub len: u32,
+}
+
+/// The mapped memory of one guest, and our slabs around it. Unmapped on drop.
+#[derive(Debug)]
+pub struct GuestMemory {
+    /// Keeps the range mapped; `base` lies inside it.
+    _reservation: Mapping,
+    /// Host address of `UmemAddr(0)`.
+    base: NonNull<u8>,
+    len_bytes: u64,
+    slab_bytes: u64,
+    /// Sorted by guest-physical address, without overlap.
+    regions: Box<[Region]>,
+}
+
+// SAFETY: the mapping is plain memory without thread affinity; shared access goes through volatile, atomic or memcpy
+// accessors, and what each thread may touch is decided by the virtqueue protocol.
+unsafe impl Send for GuestMemory {}
+// SAFETY: as above.
+unsafe impl Sync for GuestMemory {}
+
+impl GuestMemory {
+    /// Maps the regions back to back behind a front slab of `slab_bytes` (a multiple of the page size).
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if regions overlap or make a UMEM larger than the kernel takes; [`Error::Host`] if a file
+    /// cannot be mapped.
+    pub fn map(specs: &[RegionSpec], slab_bytes: u64) -> Result<Self, Error> {
+        assert!(slab_bytes.is_multiple_of(PAGE_BYTES), "slabs are whole pages");
+        check_overlap(specs)?;
+        let mut extents = specs.iter().map(Extent::of).collect::<Result<Vec<_>, _>>()?;
+        extents.sort_by_key(|e| std::cmp::Reverse(e.page_bytes));
+        let align = extents.first().map_or(PAGE_BYTES, |e| e.page_bytes);
+        let guest_bytes = extents.iter().try_fold(0u64, |sum, e| sum.checked_add(e.len_bytes));
+        let len_bytes = guest_bytes
+            .and_then(|bytes| bytes.checked_add(slab_bytes + TAIL_SLAB_BYTES))
+            .filter(|&bytes| bytes / PAGE_BYTES <= UMEM_CHUNKS_MAX)
+            .ok_or_else(|| Error::Refused(too_large(&extents)))?;
+
+        let reservation = Mapping::reserve(len_bytes + slab_bytes.next_multiple_of(align))?;
+        // The first region starts at a multiple of its page size; the slab ends there.
+        let regions_start = (reservation.start() + slab_bytes).next_multiple_of(align);
+        let base = regions_start - slab_bytes;
+        map_anonymous(base, slab_bytes)?;
+        let mut at = slab_bytes;
+        let mut regions = Vec::with_capacity(extents.len());
+        for extent in &extents {
+            map_extent(base + at, extent)?;
+            regions.push(extent.mapped_at(UmemAddr(at)));
+            at += extent.len_bytes;
+        }
+        map_anonymous(base + at, TAIL_SLAB_BYTES)?;
+        regions.sort_by_key(|r| r.guest_phys);
+
+        let base = NonNull::new(base as *mut u8).ok_or_else(|| Error::Refused("mapped at address zero".into()))?;
+        Ok(Self { _reservation: reservation, base, len_bytes, slab_bytes, regions: regions.into_boxed_slice() })
+    }
+
+    /// Length of the UMEM in bytes: slabs and all regions.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// Length of the front slab: `UmemAddr(0)` up to here is ours, never the guest's.
+    pub fn slab_bytes(&self) -> u64 {
+        self.slab_bytes
+    }
+
+    /// The guest's regions, by guest-physical address.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// Host address of the whole mapping, for XDP_UMEM_REG.
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    /// Where a guest-physical range lies in the UMEM: the part of it inside the region where it starts.
+    ///
+    /// The result is shorter than `len` only if the range leaves its region; the caller asks again for the rest.
+    /// `hint` is the region found last; buffers of one queue mostly share one.
+    #[inline]
+    pub fn translate(&self, addr: GuestPhysAddr, len: u32, hint: &mut usize) -> Option<Segment> {
+        let index = match self.regions.get(*hint) {
+            Some(region) if addr.0.wrapping_sub(region.guest_phys.0) < region.size_bytes => *hint,
+            _ => self.find(addr)?,
+        };
+        *hint = index;
+        let region = &self.regions[index];
+        let offset = addr.0 - region.guest_phys.0;
+        let room = region.size_bytes - offset;
+        Some(Segment { addr: region.umem.plus(offset), len: u64::from(len).min(room) as u32 })
+    }
+
+    #[cold]
+    fn find(&self, addr: GuestPhysAddr) -> Option<usize> {
+        let index = self.regions.partition_point(|r| r.guest_phys <= addr).checked_sub(1)?;
+        (addr.0 - self.regions[index].guest_phys.0 < self.regions[index].size_bytes).then_some(index)
+    }
+
+    /// Where a range of the front-end's addresses lies in the UMEM; all of it must be in one region.
+    pub fn translate_user(&self, addr: UserAddr, len_bytes: u64) -> Option<UmemAddr> {
+        self.regions.iter().find_map(|region| {
+            let offset = addr.0.checked_sub(region.user.0)?;
+            let fits = offset.checked_add(len_bytes)? <= region.size_bytes;
+            fits.then(|| region.umem.plus(offset))
+        })
+    }
+
+    /// Host address of a byte. Anything done with it must stay inside the mapping.
+    #[inline]
+    pub(crate) fn ptr(&self, addr: UmemAddr) -> *mut u8 {
+        debug_assert!(addr.0 < self.len_bytes, "a UMEM address lies inside the UMEM");
+        // SAFETY: every UmemAddr comes from translate() or the slabs, so it is an offset inside this one mapping.
+        unsafe { self.base.as_ptr().add(addr.0 as usize) }
+    }
+
+    /// Copies `bytes` into memory at `addr`.
+    #[inline]
+    pub fn write(&self, addr: UmemAddr, bytes: &[u8]) {
+        self.check(addr, bytes.len() as u64);
+        // SAFETY: both ranges are valid for their length (checked above); `bytes` is ours and does not overlap.
+        unsafe { libc::memcpy(self.ptr(addr).cast(), bytes.as_ptr().cast(), bytes.len()) };
+    }
+
+    /// Copies `len` bytes from `from` to `to`; the ranges may overlap.
+    #[inline]
+    pub fn copy(&self, from: UmemAddr, to: UmemAddr, len: u32) {
+        self.check(from, u64::from(len));
+        self.check(to, u64::from(len));
+        // SAFETY: both ranges lie inside the mapping (checked above); memmove allows overlap.
+        unsafe { libc::memmove(self.ptr(to).cast(), self.ptr(from).cast(), len as usize) };
+    }
+
+    /// Fills memory at `addr` with zeros.
+    #[inline]
+    pub fn zero(&self, addr: UmemAddr, len: u32) {
+        self.check(addr, u64::from(len));
+        // SAFETY: the range lies inside the mapping (checked above).
+        unsafe { libc::memset(self.ptr(addr).cast(), 0, len as usize) };
+    }
+
+    /// Whether every byte of a range is zero.
+    pub fn is_zero(&self, addr: UmemAddr, len_bytes: u64) -> bool {
+        self.check(addr, len_bytes);
+        // SAFETY: the range lies inside the mapping (checked above); bytes are read once, volatile.
+        (0..len_bytes).all(|i| unsafe { self.ptr(addr.plus(i)).read_volatile() } == 0)
+    }
+
+    /// Reads `N` bytes once. The compiler may not read them again: the guest could have changed them.
+    #[inline]
+    pub(crate) fn read<const N: usize>(&self, addr: UmemAddr) -> [u8; N] {
+        self.check(addr, N as u64);
+        let from = self.ptr(addr);
+        let mut bytes = [0; N];
+        if N % 8 == 0 && from.align_offset(8) == 0 {
+            for (i, chunk) in bytes.chunks_exact_mut(8).enumerate() {
+                // SAFETY: inside the mapping (checked above) and aligned (checked in the condition).
+                let word = unsafe { from.cast::<u64>().add(i).read_volatile() };
+                chunk.copy_from_slice(&word.to_ne_bytes());
+            }
+        } else {
+            for (i, byte) in bytes.iter_mut().enumerate() {
+                // SAFETY: inside the mapping (checked above).
+                *byte = unsafe { from.add(i).read_volatile() };
+            }
+        }
+        bytes
+    }
+
+    /// Loads a 16-bit ring field.
+    #[inline]
+    pub(crate) fn load_u16(&self, addr: UmemAddr, order: Ordering) -> u16 {
+        u16::from_le(self.atomic_u16(addr).load(order))
+    }
+
+    /// Stores a 16-bit ring field.
+    #[inline]
+    pub(crate) fn store_u16(&self, addr: UmemAddr, value: u16, order: Ordering) {
+        self.atomic_u16(addr).store(value.to_le(), order);
+    }
+
+    /// Stores a 64-bit ring field at an address aligned to 4.
+    #[inline]
+    pub(crate) fn store_used_element(&self, addr: UmemAddr, id: u32, len: u32) {
+        self.check(addr, 8);
+        let to = self.ptr(addr).cast::<u32>();
+        // SAFETY: inside the mapping (checked above); used rings are aligned to 4 and elements are 8 bytes.
+        unsafe {
+            to.write_volatile(id.to_le());
+            to.add(1).write_volatile(len.to_le());
+        }
+    }
+
+    #[inline]
+    fn atomic_u16(&self, addr: UmemAddr) -> &AtomicU16 {
+        self.check(addr, 2);
+        // SAFETY: inside the mapping, which lives as long as &self; ring fields are 2-aligned (checked when the queue
+        // was made). The reference is to an atomic: the guest may change it at any time.
+        unsafe { AtomicU16::from_ptr(self.ptr(addr).cast()) }
+    }
+
+    #[inline]
+    fn check(&self, addr: UmemAddr, len_bytes: u64) {
+        assert!(
+            addr.0.checked_add(len_bytes).is_some_and(|end| end <= self.len_bytes),
+            "an access stays inside the UMEM"
+        );
+    }
+}
+
+fn check_overlap(specs: &[RegionSpec]) -> Result<(), Error> {
+    let mut sorted: Vec<_> = specs.iter().collect();
+    sorted.sort_by_key(|s| s.guest_phys);
+    for pair in sorted.windows(2) {
+        let end = pair[0].guest_phys.checked_add(pair[0].size_bytes);
+        if end.is_none_or(|end| end > pair[1].guest_phys) {
+            return Err(Error::Refused(format!(
+                "cannot map guest memory: regions at {:#x} and {:#x} overlap; the front-end sent a broken table",
+                pair[0].guest_phys.0, pair[1].guest_phys.0
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn too_large(extents: &[Extent]) -> String {
+    let gib = extents.iter().map(|e| e.len_bytes as f64).sum::<f64>() / (1u64 << 30) as f64;
+    format!(
+        "cannot use guest memory of {gib:.1} GiB as a UMEM: the kernel takes at most {UMEM_CHUNKS_MAX} chunks of \
+         {PAGE_BYTES} bytes, just under 64 GiB; give the guest less memory"
+    )
+}
+
+/// A reserved range of addresses; unmapped as a whole.
+#[derive(Debug)]
+struct Mapping {
+    start: NonNull<libc::c_void>,
+    len_bytes: usize,
+}
+
+impl Mapping {
+    fn reserve(len_bytes: u64) -> Result<Self, HostError> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new private reservation at an address of the kernel's choice touches nothing of ours.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len_bytes as usize, libc::PROT_NONE, flags, -1, 0) };
+        match NonNull::new(start) {
+            Some(start) if start.as_ptr() != libc::MAP_FAILED => Ok(Self { start, len_bytes: len_bytes as usize }),
+            _ => Err(HostError::last(
+                format!("cannot reserve {len_bytes} bytes of addresses for guest memory"),
+                |_| "the address space limit (ulimit -v) may be too small",
+            )),
+        }
+    }
+
+    fn start(&self) -> u64 {
+        self.start.as_ptr() as u64
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range was reserved by us as a whole and nothing refers to it any more.
+        let failed = unsafe { libc::munmap(self.start.as_ptr(), self.len_bytes) };
+        assert!(failed == 0, "a range that mmap returned can be unmapped");
+    }
+}
+
+fn map_anonymous(at: u64, len_bytes: u64) -> Result<(), HostError> {
+    if len_bytes == 0 {
+        return Ok(());
+    }
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    map_fixed(at, len_bytes, flags, -1, 0)
+        .map_err(|errno| HostError::new(errno, format!("cannot map a slab of {len_bytes} bytes"), "free some memory"))
+}
+
+fn map_extent(at: u64, extent: &Extent) -> Result<(), HostError> {
+    let spec = &extent.spec;
+    map_fixed(at, extent.len_bytes, libc::MAP_SHARED | libc::MAP_FIXED, spec.fd, extent.file_start).map_err(|errno| {
+        HostError::new(
+            errno,
+            format!("cannot map guest memory region at {:#x} ({} bytes)", spec.guest_phys.0, spec.size_bytes),
+            match errno {
+                libc::ENOMEM => "not enough free huge pages, or too many mappings (vm.max_map_count)",
+                libc::EACCES => "the front-end sent a read-only file descriptor",
+                _ => "the front-end's memory must be a memfd, hugetlbfs or POSIX shared memory",
+            },
+        )
+    })
+}
+
+fn map_fixed(at: u64, len_bytes: u64, flags: i32, fd: i32, offset: u64) -> Result<(), i32> {
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: MAP_FIXED replaces part of a reservation made in the same call to GuestMemory::map, which nothing uses yet.
+    let got = unsafe { libc::mmap(at as *mut _, len_bytes as usize, access, flags, fd, offset as libc::off_t) };
+    if got == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO));
+    }
+    Ok(())
+}

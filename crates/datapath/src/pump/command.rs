@@ -1,0 +1,186 @@
+//! What the control plane tells a pump thread, and what it hears back.
+
+use std::collections::VecDeque;
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::vring::VringConfig;
+use crate::error::{Error, HostError, QueueFault};
+use crate::fd::EventFd;
+use crate::guest_memory::GuestMemory;
+use crate::xsk::{SharedFd, SocketParams};
+
+/// One step for a pump. `tx` tells which virtqueue of the pair is meant: rx or tx.
+#[derive(Debug)]
+pub enum Command {
+    /// Bind a socket; value 1 for zero-copy, 0 for copy.
+    Attach {
+        /// The socket, unbound.
+        socket: OwnedFd,
+        /// The memory that becomes, or is, the UMEM.
+        memory: Arc<GuestMemory>,
+        /// A socket that has registered it already.
+        umem_of: Option<SharedFd>,
+        /// What to bind to.
+        params: SocketParams,
+    },
+    /// Take everything back and close the socket.
+    Detach,
+    /// Run a virtqueue.
+    Start {
+        /// Which.
+        tx: bool,
+        /// The memory that its rings live in.
+        memory: Arc<GuestMemory>,
+        /// How.
+        config: Box<VringConfig>,
+    },
+    /// Stop a virtqueue; value: its base.
+    Stop {
+        /// Which.
+        tx: bool,
+    },
+    /// SET_VRING_ENABLE.
+    Enable {
+        /// Which.
+        tx: bool,
+        /// Frames flow.
+        enabled: bool,
+    },
+    /// SET_VRING_CALL.
+    SetCall {
+        /// Which.
+        tx: bool,
+        /// The new eventfd.
+        fd: Option<EventFd>,
+    },
+    /// SET_VRING_ERR.
+    SetErr {
+        /// Which.
+        tx: bool,
+        /// The new eventfd.
+        fd: Option<EventFd>,
+    },
+    /// Send a frame of ours.
+    Inject {
+        /// The frame, without FCS.
+        frame: Vec<u8>,
+    },
+    /// Take everything back, close the socket, end the thread.
+    Quit,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub struct Completion {
+    /// The token that was given out for it.
+    pub token: u64,
+    /// Its value.
+    pub result: Result<u64, Error>,
+}
+
+/// Something for the control plane.
+#[derive(Debug)]
+pub enum Event {
+    /// A command ended.
+    Completed(Completion),
+    /// The driver broke a virtqueue, which was stopped.
+    Fault {
+        /// vring index: 2 × pair, + 1 for tx.
+        vring: usize,
+        /// How.
+        fault: QueueFault,
+    },
+    /// A virtqueue was kicked while its rings hold nothing but zeros: once per start.
+    KickedEmpty {
+        /// vring index.
+        vring: usize,
+    },
+    /// The socket does not work any more.
+    Host {
+        /// vring index of the pair's tx queue.
+        vring: usize,
+        /// What failed.
+        error: HostError,
+    },
+}
+
+/// Commands for one pump, and the eventfd that wakes it.
+#[derive(Debug)]
+pub(crate) struct CommandQueue {
+    queue: Mutex<VecDeque<(u64, Command)>>,
+    /// Lets the busy loop see that there is something without a lock or a system call.
+    pending: AtomicBool,
+    wake: EventFd,
+}
+
+impl CommandQueue {
+    pub fn new() -> Result<Self, HostError> {
+        Ok(Self { queue: Mutex::default(), pending: AtomicBool::new(false), wake: EventFd::new()? })
+    }
+
+    pub fn wake_fd(&self) -> RawFd {
+        self.wake.raw()
+    }
+
+    pub fn push(&self, token: u64, command: Command) {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.push_back((token, command));
+        // Relaxed: only a hint; what it announces is ordered by the lock.
+        self.pending.store(true, Ordering::Relaxed);
+        drop(queue);
+        self.wake.signal();
+    }
+
+    /// The next command. Costs one load while there is none.
+    #[inline]
+    pub fn pop(&self) -> Option<(u64, Command)> {
+        // Relaxed: as in push(). Seen late, it is seen in a later round, or by the wake eventfd.
+        if !self.pending.load(Ordering::Relaxed) {
+            return None;
+        }
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let command = queue.pop_front();
+        self.pending.store(!queue.is_empty(), Ordering::Relaxed);
+        command
+    }
+
+    pub fn clear_wake(&self) {
+        self.wake.clear();
+    }
+}
+
+/// Events of all pumps of a port, and the eventfd that announces them.
+#[derive(Debug)]
+pub struct EventQueue {
+    queue: Mutex<VecDeque<Event>>,
+    ready: EventFd,
+}
+
+impl EventQueue {
+    /// An empty queue.
+    ///
+    /// # Errors
+    /// No eventfd can be made.
+    pub fn new() -> Result<Self, HostError> {
+        Ok(Self { queue: Mutex::default(), ready: EventFd::new()? })
+    }
+
+    /// Readable while there are events.
+    pub fn ready_fd(&self) -> RawFd {
+        self.ready.raw()
+    }
+
+    /// Adds an event.
+    pub fn push(&self, event: Event) {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).push_back(event);
+        self.ready.signal();
+    }
+
+    /// Takes all events, and the announcement with them.
+    pub fn drain(&self) -> Vec<Event> {
+        self.ready.clear();
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect()
+    }
+}

@@ -1,0 +1,412 @@
+//! The loop of one queue pair: commands, work, waiting.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::command::{Command, CommandQueue, Completion, Event, EventQueue};
+use super::rx::Rx;
+use super::slab::Slab;
+use super::tx::{Tx, TxInFlight};
+use super::vring::{Vring, VringConfig};
+use super::wait::{PollMode, Spin, sleep};
+use crate::error::{Error, HostError, QueueFault};
+use crate::guest_memory::GuestMemory;
+use crate::stats::{Counts, DropReason, Published};
+use crate::xsk::{BindMode, FRAME_BYTES_MAX, SharedFd, SocketParams, XskSocket, statistics};
+
+/// A stopping tx queue waits this long for its frames to leave before their socket is closed.
+const DRAIN_DEADLINE: Duration = Duration::from_millis(100);
+/// While frames are being sent and nothing else happens, completions are looked for this often: no descriptor
+/// announces them.
+const COMPLETION_PERIOD: Duration = Duration::from_millis(1);
+/// While the kernel refuses to send (interface down), it is asked again this often.
+const REFUSED_PERIOD: Duration = Duration::from_millis(100);
+
+/// What other threads may look at.
+#[derive(Debug, Default)]
+pub(crate) struct PumpView {
+    pub rx: Published,
+    pub tx: Published,
+    /// The attached socket, if any.
+    pub socket: Mutex<Option<SharedFd>>,
+    /// Kernel drops of sockets that are closed by now.
+    pub past_kernel_drops: Mutex<Counts>,
+}
+
+impl PumpView {
+    /// Frames towards the guest that the kernel dropped, in this socket's life and in earlier ones.
+    pub fn kernel_drops(&self) -> Counts {
+        let mut drops = *self.past_kernel_drops.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(fd) = self.socket.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            drops.add(&kernel_drops(fd));
+        }
+        drops
+    }
+}
+
+fn kernel_drops(fd: &SharedFd) -> Counts {
+    let stats = statistics(fd);
+    let mut drops = Counts::default();
+    drops.dropped[DropReason::NoBuffer as usize] = stats.fill_empty;
+    drops.dropped[DropReason::Oversize as usize] = stats.oversize;
+    drops.dropped[DropReason::RingFull as usize] = stats.rx_ring_full;
+    drops
+}
+
+/// One queue pair. Lives on its own thread; owns all that is touched per frame.
+pub(crate) struct Pump {
+    pair: usize,
+    commands: Arc<CommandQueue>,
+    events: Arc<EventQueue>,
+    view: Arc<PumpView>,
+    spin: Spin,
+    xsk: Option<XskSocket>,
+    /// The UMEM of `xsk`.
+    memory: Option<Arc<GuestMemory>>,
+    rx: Option<Rx>,
+    tx: Option<Tx>,
+    rx_slab: Slab,
+    flight: TxInFlight,
+    rx_counts: Counts,
+    tx_counts: Counts,
+    /// The sending error reported last, so that it is reported once.
+    reported_errno: Option<i32>,
+    /// Queues that were kicked while all zero, and were reported.
+    kicked_empty: [bool; 2],
+}
+
+impl Pump {
+    pub fn new(
+        pair: usize,
+        poll: PollMode,
+        commands: Arc<CommandQueue>,
+        events: Arc<EventQueue>,
+        view: Arc<PumpView>,
+    ) -> Self {
+        Self {
+            pair,
+            commands,
+            events,
+            view,
+            spin: Spin::new(poll),
+            xsk: None,
+            memory: None,
+            rx: None,
+            tx: None,
+            rx_slab: Slab::new(pair, 0),
+            flight: TxInFlight::new(Slab::new(pair, 1)),
+            rx_counts: Counts::default(),
+            tx_counts: Counts::default(),
+            reported_errno: None,
+            kicked_empty: [false; 2],
+        }
+    }
+
+    /// Runs until [`Command::Quit`].
+    pub fn run(mut self) {
+        loop {
+            while let Some((token, command)) = self.commands.pop() {
+                let quit = matches!(command, Command::Quit);
+                let result = self.execute(command);
+                self.publish();
+                self.events.push(Event::Completed(Completion { token, result }));
+                if quit {
+                    return;
+                }
+            }
+            if self.work() > 0 {
+                self.spin.worked();
+                self.publish();
+            } else if self.has_no_queue() || !self.spin.look_again() {
+                self.wait();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// One burst each way. Returns how much was moved.
+    #[inline]
+    fn work(&mut self) -> u32 {
+        let Some(xsk) = &mut self.xsk else { return 0 };
+        let mut moved = 0;
+        if let Some(rx) = &mut self.rx {
+            match rx.burst(xsk, &mut self.rx_slab, &mut self.rx_counts) {
+                Ok(count) => moved += count,
+                Err(fault) => self.fault(0, fault),
+            }
+        }
+        let Some(xsk) = &mut self.xsk else { return moved };
+        if let Some(tx) = &mut self.tx {
+            match tx.burst(xsk, &mut self.flight, &mut self.tx_counts) {
+                Ok(count) => moved += count,
+                Err(fault) => self.fault(1, fault),
+            }
+        } else if !self.flight.is_empty() {
+            moved += self.flight.reap(xsk, |_| debug_assert!(false, "a stopped queue has no heads in flight"));
+        }
+        self.report_refusal();
+        moved
+    }
+
+    /// Nothing can come but commands: even a busy pump may sleep.
+    fn has_no_queue(&self) -> bool {
+        self.xsk.is_none() || (self.rx.is_none() && self.tx.is_none())
+    }
+
+    /// Sleeps until there may be work: with kicks on, and after one more look.
+    fn wait(&mut self) {
+        let ready = self.arm(true);
+        if !ready {
+            let xsk_fd = self.xsk.as_ref().filter(|_| self.rx.is_some()).map_or(-1, XskSocket::raw_fd);
+            let kick = |vring: Option<&Vring>| vring.map_or(-1, |v| v.kick.raw());
+            let rx_kick = kick(self.rx.as_ref().map(|rx| &rx.vring));
+            let tx_kick = kick(self.tx.as_ref().map(|tx| &tx.vring));
+            let woken = sleep([self.commands.wake_fd(), xsk_fd, rx_kick, tx_kick], self.timeout());
+            self.spin.slept();
+            if woken[0] {
+                self.commands.clear_wake();
+            }
+            self.kicked(woken[2], woken[3]);
+        }
+        self.arm(false);
+    }
+
+    /// How long to sleep at most: completions and recovered interfaces do not wake us.
+    fn timeout(&self) -> Option<Duration> {
+        match &self.tx {
+            Some(tx) if tx.wakeup_errno.is_some() => Some(REFUSED_PERIOD),
+            _ if !self.flight.is_empty() => Some(COMPLETION_PERIOD),
+            _ => None,
+        }
+    }
+
+    /// Switches kicks on or off; whether there is work already.
+    fn arm(&mut self, on: bool) -> bool {
+        let mut ready = self.xsk.as_ref().is_some_and(|xsk| on && self.rx.is_some() && xsk.rx_peek() > 0);
+        let vrings = [self.rx.as_mut().map(|rx| &mut rx.vring), self.tx.as_mut().map(|tx| &mut tx.vring)];
+        let mut faults = [None; 2];
+        for (vring, fault) in vrings.into_iter().zip(&mut faults) {
+            let Some(vring) = vring else { continue };
+            if !on {
+                vring.queue.disable_kicks();
+                continue;
+            }
+            match vring.arm() {
+                Ok(more) => ready |= more,
+                Err(broken) => *fault = Some(broken),
+            }
+        }
+        for (index, fault) in faults.into_iter().enumerate() {
+            if let Some(fault) = fault {
+                self.fault(index, fault);
+            }
+        }
+        ready
+    }
+
+    fn kicked(&mut self, rx: bool, tx: bool) {
+        let vrings = [self.rx.as_ref().map(|rx| &rx.vring), self.tx.as_ref().map(|tx| &tx.vring)];
+        for ((index, vring), kicked) in vrings.into_iter().enumerate().zip([rx, tx]) {
+            let Some(vring) = vring.filter(|_| kicked) else { continue };
+            vring.kick.clear();
+            if !self.kicked_empty[index] && vring.queue.looks_unshared() {
+                self.kicked_empty[index] = true;
+                self.events.push(Event::KickedEmpty { vring: 2 * self.pair + index });
+            }
+        }
+    }
+
+    #[cold]
+    fn fault(&mut self, index: usize, fault: QueueFault) {
+        let vring = match index {
+            0 => self.rx.as_mut().map(|rx| &mut rx.vring),
+            _ => self.tx.as_mut().map(|tx| &mut tx.vring),
+        };
+        if let Some(vring) = vring {
+            vring.fault();
+            self.events.push(Event::Fault { vring: 2 * self.pair + index, fault });
+        }
+    }
+
+    /// Tells once when the kernel stops sending for us, and once when it does again by forgetting.
+    fn report_refusal(&mut self) {
+        let errno = self.tx.as_ref().and_then(|tx| tx.wakeup_errno);
+        if errno != self.reported_errno {
+            self.reported_errno = errno;
+            if let Some(errno) = errno {
+                let error = HostError::new(
+                    errno,
+                    format!("cannot send from queue pair {}", self.pair),
+                    "the interface is down, gone or was taken away; frames wait until it is back",
+                );
+                self.events.push(Event::Host { vring: 2 * self.pair + 1, error });
+            }
+        }
+    }
+
+    fn publish(&self) {
+        self.view.rx.publish(&self.rx_counts);
+        self.view.tx.publish(&self.tx_counts);
+    }
+
+    fn execute(&mut self, command: Command) -> Result<u64, Error> {
+        match command {
+            Command::Attach { socket, memory, umem_of, params } => self.attach(socket, memory, umem_of, &params),
+            Command::Detach | Command::Quit => self.detach(),
+            Command::Start { tx, memory, config } => self.start(tx, memory, *config),
+            Command::Stop { tx } => self.stop(tx),
+            Command::Enable { tx, enabled } => self.with_vring(tx, |vring| vring.enabled = enabled),
+            Command::SetCall { tx, fd } => self.with_vring(tx, |vring| {
+                vring.call = fd;
+                // The driver may have missed a call that went to the old eventfd.
+                if let Some(call) = &vring.call {
+                    call.signal();
+                }
+            }),
+            Command::SetErr { tx, fd } => self.with_vring(tx, |vring| vring.err = fd),
+            Command::Inject { frame } => self.inject(&frame),
+        }
+    }
+
+    fn attach(
+        &mut self,
+        socket: std::os::fd::OwnedFd,
+        memory: Arc<GuestMemory>,
+        umem_of: Option<SharedFd>,
+        params: &SocketParams,
+    ) -> Result<u64, Error> {
+        if self.xsk.is_some() {
+            return Err(Error::Refused(format!("queue pair {} has a socket already; detach it first", self.pair)));
+        }
+        let xsk = XskSocket::bind(socket, &memory, umem_of.as_ref(), params)?;
+        let mode = xsk.mode();
+        self.flight.start(mode);
+        *self.view.socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(xsk.shared_fd());
+        self.xsk = Some(xsk);
+        self.memory = Some(memory);
+        Ok(u64::from(mode == BindMode::ZeroCopy))
+    }
+
+    /// Lets frames leave, then closes the socket and gives back what it had.
+    fn detach(&mut self) -> Result<u64, Error> {
+        self.drain();
+        if let Some(xsk) = self.xsk.take() {
+            let shared = self.view.socket.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(fd) = shared {
+                let drops = kernel_drops(&fd);
+                self.view.past_kernel_drops.lock().unwrap_or_else(PoisonError::into_inner).add(&drops);
+            }
+            // Unmaps the rings, then closes: after that the kernel writes no guest memory in copy mode.
+            drop(xsk);
+        }
+        if let Some(rx) = &mut self.rx {
+            rx.recall(&mut self.rx_slab);
+        } else {
+            self.rx_slab.reset();
+        }
+        let tx = &mut self.tx;
+        self.flight.abandon(|head| {
+            if let Some(tx) = tx {
+                tx.vring.queue.push_used(head, 0);
+            }
+        });
+        if let Some(tx) = &mut self.tx {
+            tx.vring.flush();
+        }
+        self.memory = None;
+        Ok(0)
+    }
+
+    /// Waits, for a limited time, until the kernel has sent what it was given.
+    fn drain(&mut self) {
+        let (Some(xsk), deadline) = (&mut self.xsk, Instant::now() + DRAIN_DEADLINE) else { return };
+        while !self.flight.is_empty() && Instant::now() < deadline {
+            let refused = xsk.tx_pending() > 0 && xsk.tx_wakeup().is_err_and(|errno| errno != libc::EAGAIN);
+            let tx = &mut self.tx;
+            let reaped = self.flight.reap(xsk, |head| {
+                if let Some(tx) = tx {
+                    tx.vring.queue.push_used(head, 0);
+                }
+            });
+            if refused && reaped == 0 {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        if let Some(tx) = &mut self.tx {
+            tx.vring.flush();
+        }
+    }
+
+    fn start(&mut self, tx: bool, memory: Arc<GuestMemory>, config: VringConfig) -> Result<u64, Error> {
+        let taken = if tx { self.tx.is_some() } else { self.rx.is_some() };
+        if taken {
+            return Err(Error::Refused(format!("vring {} runs already; stop it first", self.index(tx))));
+        }
+        let mut vring = Vring::new(memory, config)?;
+        vring.queue.disable_kicks();
+        self.kicked_empty[usize::from(tx)] = false;
+        if tx {
+            self.tx = Some(Tx::new(vring));
+        } else {
+            self.rx = Some(Rx::new(vring));
+        }
+        Ok(0)
+    }
+
+    fn stop(&mut self, tx: bool) -> Result<u64, Error> {
+        let stopped = self.not_running(tx);
+        if tx {
+            self.tx.as_ref().ok_or(stopped)?;
+            self.drain();
+            if !self.flight.is_empty() {
+                self.detach()?;
+            }
+            let tx = self.tx.take();
+            Ok(tx.map_or(0, |tx| u64::from(tx.vring.queue.next_avail())))
+        } else {
+            let rx = self.rx.as_mut().ok_or(stopped)?;
+            if rx.kernel_has_buffers() || self.rx_slab.used() > 0 {
+                // Posted buffers come back only by closing the socket (kernel-facts, section 3).
+                self.detach()?;
+            } else {
+                rx.recall(&mut self.rx_slab);
+            }
+            let rx = self.rx.take();
+            Ok(rx.map_or(0, |rx| u64::from(rx.vring.queue.next_avail())))
+        }
+    }
+
+    fn with_vring(&mut self, tx: bool, change: impl FnOnce(&mut Vring)) -> Result<u64, Error> {
+        let stopped = self.not_running(tx);
+        let vring =
+            if tx { self.tx.as_mut().map(|tx| &mut tx.vring) } else { self.rx.as_mut().map(|rx| &mut rx.vring) };
+        change(vring.ok_or(stopped)?);
+        Ok(0)
+    }
+
+    fn inject(&mut self, frame: &[u8]) -> Result<u64, Error> {
+        let fits = (14..=FRAME_BYTES_MAX as usize).contains(&frame.len());
+        let (Some(xsk), Some(memory), true) = (&mut self.xsk, &self.memory, fits) else {
+            return Err(Error::Refused(format!("cannot send a frame of {} bytes: no socket or no frame", frame.len())));
+        };
+        if !self.flight.inject(xsk, memory, frame) {
+            return Err(Error::Refused("cannot send: the tx ring is full; try again".into()));
+        }
+        if let Err(errno) = xsk.tx_wakeup()
+            && errno != libc::EAGAIN
+        {
+            return Err(HostError::new(errno, "cannot send a frame", "bring the interface up").into());
+        }
+        Ok(0)
+    }
+
+    fn not_running(&self, tx: bool) -> Error {
+        Error::Refused(format!("vring {} does not run", self.index(tx)))
+    }
+
+    fn index(&self, tx: bool) -> usize {
+        2 * self.pair + usize::from(tx)
+    }
+}

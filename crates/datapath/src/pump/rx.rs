@@ -1,0 +1,324 @@
+//! rx: from the AF_XDP rx ring to the guest.
+//!
+//! **Direct**: the guest's own buffer is the fill entry. Its frame is in place when the rx descriptor appears; only the
+//! virtio-net header is written, and the head is used. A buffer is posted directly only if nothing the kernel may
+//! write can pass its end: it holds the header and the longest frame in one piece.
+//!
+//! **Bounce**: any other head waits; slab frames are posted in its stead, never more than the waiting heads can take,
+//! so that a frame that arrives in the slab always finds its buffers.
+//!
+//! Invariant: a head is in exactly one place: `posted`, `waiting`, or used.
+
+use std::collections::VecDeque;
+
+use super::inflight::InFlight;
+use super::slab::Slab;
+use super::vring::Vring;
+use crate::error::QueueFault;
+use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
+use crate::stats::{BounceReason, Counts, DropReason};
+use crate::virtqueue::{CHAIN_DESCS_MAX, Direction};
+use crate::xsk::{RX_RING_DESCS, RxDesc, UmemLayout, XskSocket};
+
+/// Frames handled before the other direction gets its turn.
+const BURST: u32 = 64;
+/// Segments of waiting heads that are remembered; a guest with longer chains has fewer heads waiting.
+const WAITING_SEGMENTS_MAX: usize = 4 * RX_RING_DESCS as usize;
+
+/// virtio_net_hdr with num_buffers = 1; no checksum or segmentation was negotiated, so all else is 0.
+const HEADER: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+const NUM_BUFFERS_OFFSET: u64 = 10;
+
+/// A guest buffer in the fill ring.
+#[derive(Debug, Clone, Copy, Default)]
+struct Posted {
+    head: u16,
+    position: u16,
+    header: UmemAddr,
+}
+
+/// A head that a slab frame will be copied to.
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    head: u16,
+    position: u16,
+    segments: usize,
+    capacity_bytes: u32,
+    reason: BounceReason,
+}
+
+/// How a buffer can take a frame.
+enum Fit {
+    Direct {
+        header: UmemAddr,
+        frame: UmemAddr,
+    },
+    Bounce(BounceReason),
+    /// Not even the header fits.
+    Useless,
+}
+
+/// The rx side of a queue pair.
+#[derive(Debug)]
+pub(super) struct Rx {
+    pub vring: Vring,
+    posted: InFlight<Posted>,
+    waiting: VecDeque<Waiting>,
+    waiting_segments: VecDeque<Segment>,
+    /// Smallest capacity among waiting heads; only ever shrinks until none waits.
+    waiting_min_bytes: u32,
+    chain: Vec<Segment>,
+}
+
+impl Rx {
+    pub fn new(vring: Vring) -> Self {
+        Self {
+            vring,
+            posted: InFlight::with_capacity(RX_RING_DESCS as usize),
+            waiting: VecDeque::with_capacity(RX_RING_DESCS as usize),
+            waiting_segments: VecDeque::with_capacity(WAITING_SEGMENTS_MAX),
+            waiting_min_bytes: u32::MAX,
+            chain: Vec::with_capacity(CHAIN_DESCS_MAX),
+        }
+    }
+
+    /// Whether buffers are in the kernel's hands; only closing the socket gives those back.
+    pub fn kernel_has_buffers(&self) -> bool {
+        self.posted.len() > 0
+    }
+
+    /// Hands received frames to the guest and fresh buffers to the kernel. Returns the number of frames and buffers
+    /// moved, 0 if there is nothing to do.
+    ///
+    /// # Errors
+    /// The driver broke the ring protocol; what was received before is delivered.
+    pub fn burst(&mut self, xsk: &mut XskSocket, slab: &mut Slab, counts: &mut Counts) -> Result<u32, QueueFault> {
+        let received = xsk.rx_peek().min(BURST);
+        for _ in 0..received {
+            let desc = xsk.rx_read();
+            if slab.owns(desc.fill) {
+                self.deliver_copy(desc, counts);
+                slab.give_back(desc.fill);
+            } else {
+                self.deliver_in_place(desc, xsk, counts);
+            }
+        }
+        if received > 0 {
+            xsk.rx_release();
+            self.vring.queue.publish_used();
+        }
+        let refilled = self.refill(xsk, slab);
+        xsk.fill_submit();
+        xsk.rx_wakeup();
+        self.vring.flush();
+        refilled.map(|refilled| received + refilled)
+    }
+
+    /// A frame that the kernel or the NIC put into a guest buffer.
+    #[inline]
+    fn deliver_in_place(&mut self, desc: RxDesc, xsk: &mut XskSocket, counts: &mut Counts) {
+        let Some(posted) = self.posted.remove(desc.fill) else {
+            debug_assert!(false, "the kernel answers only fill entries that it was given");
+            return;
+        };
+        if !self.vring.enabled {
+            counts.dropped(DropReason::Disabled);
+            self.posted.insert(desc.fill, posted);
+            xsk.fill_write(desc.fill);
+            return;
+        }
+        let memory = self.vring.queue.memory();
+        let expected = desc.fill.plus(xsk.layout.frame_offset());
+        if desc.frame == expected {
+            counts.direct(desc.len);
+        } else {
+            // Hardware timestamps or an XDP program moved the start (kernel-facts, section 3).
+            memory.copy(desc.frame, expected, desc.len);
+            counts.copied_bytes += u64::from(desc.len);
+            counts.bounced(desc.len, BounceReason::Shifted);
+        }
+        let header_len = self.vring.header_len;
+        memory.write(posted.header, &HEADER[..header_len as usize]);
+        self.vring.queue.push_used(posted.head, header_len + desc.len);
+    }
+
+    /// A frame in the slab: copied to as many waiting heads as it needs.
+    fn deliver_copy(&mut self, desc: RxDesc, counts: &mut Counts) {
+        if !self.vring.enabled {
+            counts.dropped(DropReason::Disabled);
+            return;
+        }
+        let total = self.vring.header_len + desc.len;
+        let heads = match self.heads_for(total) {
+            Ok(heads) => heads,
+            Err(reason) => {
+                counts.dropped(reason);
+                return;
+            }
+        };
+        counts.bounced(desc.len, self.waiting[0].reason);
+        let mut header = HEADER;
+        header[NUM_BUFFERS_OFFSET as usize..].copy_from_slice(&(heads as u16).to_le_bytes());
+        let mut left = Frame { header: &header[..self.vring.header_len as usize], at: desc.frame, len: desc.len };
+        for _ in 0..heads {
+            let Some(head) = self.waiting.pop_front() else { break };
+            let before = left.bytes();
+            for _ in 0..head.segments {
+                let Some(segment) = self.waiting_segments.pop_front() else { break };
+                left.copy_into(self.vring.queue.memory(), segment, counts);
+            }
+            self.vring.queue.push_used(head.head, before - left.bytes());
+        }
+        if self.waiting.is_empty() {
+            self.waiting_min_bytes = u32::MAX;
+        }
+    }
+
+    /// Number of waiting heads that hold `total_bytes`.
+    fn heads_for(&self, total_bytes: u32) -> Result<usize, DropReason> {
+        let mut room = 0u64;
+        for (index, head) in self.waiting.iter().enumerate() {
+            room += u64::from(head.capacity_bytes);
+            if room >= u64::from(total_bytes) {
+                return Ok(index + 1);
+            }
+            if !self.vring.mergeable {
+                return Err(DropReason::BufferTooSmall);
+            }
+        }
+        Err(DropReason::NoBuffer)
+    }
+
+    /// Takes fresh heads from the guest and posts them, or slab frames in their stead. Returns their number.
+    fn refill(&mut self, xsk: &mut XskSocket, slab: &mut Slab) -> Result<u32, QueueFault> {
+        if !self.vring.runs() {
+            return Ok(0);
+        }
+        let available = self.vring.queue.available()?;
+        let mut taken = 0;
+        for _ in 0..available {
+            if self.posted.len() + slab.used() >= RX_RING_DESCS as usize
+                || self.posted.len() + self.waiting.len() >= RX_RING_DESCS as usize
+            {
+                break;
+            }
+            let position = self.vring.queue.next_avail();
+            let head = self.vring.queue.take_head()?;
+            self.chain.clear();
+            if let Err(fault) = self.vring.queue.walk(head, Direction::DeviceWrites, &mut self.chain) {
+                self.vring.queue.untake(1);
+                return Err(fault);
+            }
+            match fit(&self.chain, self.vring.header_len, xsk.layout) {
+                Fit::Direct { header, frame } => {
+                    let fill = xsk.layout.fill_address(frame);
+                    self.posted.insert(fill, Posted { head, position, header });
+                    debug_assert!(xsk.fill_free(1) > 0, "no more is posted than the ring holds");
+                    xsk.fill_write(fill);
+                }
+                Fit::Bounce(reason) if self.waiting_segments.len() + self.chain.len() <= WAITING_SEGMENTS_MAX => {
+                    self.wait(head, position, reason);
+                }
+                Fit::Bounce(_) => {
+                    self.vring.queue.untake(1);
+                    break;
+                }
+                Fit::Useless => self.vring.queue.push_used(head, 0),
+            }
+            taken += 1;
+        }
+        self.post_slab_frames(xsk, slab);
+        Ok(taken)
+    }
+
+    fn wait(&mut self, head: u16, position: u16, reason: BounceReason) {
+        let capacity = capacity_bytes(&self.chain);
+        self.waiting_min_bytes = self.waiting_min_bytes.min(capacity);
+        self.waiting_segments.extend(&self.chain);
+        self.waiting.push_back(Waiting {
+            head,
+            position,
+            segments: self.chain.len(),
+            capacity_bytes: capacity,
+            reason,
+        });
+    }
+
+    /// Posts slab frames: one for each group of waiting heads that is sure to hold the longest frame.
+    fn post_slab_frames(&mut self, xsk: &mut XskSocket, slab: &mut Slab) {
+        let longest = self.vring.header_len + xsk.layout.frame_max;
+        let group = if self.vring.mergeable { longest.div_ceil(self.waiting_min_bytes).max(1) as usize } else { 1 };
+        while (slab.used() + 1) * group <= self.waiting.len()
+            && self.posted.len() + slab.used() < RX_RING_DESCS as usize
+        {
+            let Some(frame) = slab.take() else { break };
+            debug_assert!(xsk.fill_free(1) > 0, "no more is posted than the ring holds");
+            xsk.fill_write(frame);
+        }
+    }
+
+    /// Gives every head back to the guest. The socket is closed: nothing can arrive any more.
+    pub fn recall(&mut self, slab: &mut Slab) {
+        let mut heads: Vec<_> = self.posted.values().map(|p| (p.position, p.head)).collect();
+        heads.extend(self.waiting.iter().map(|w| (w.position, w.head)));
+        self.posted.clear();
+        self.waiting.clear();
+        self.waiting_segments.clear();
+        self.waiting_min_bytes = u32::MAX;
+        slab.reset();
+        self.vring.give_back(&mut heads);
+    }
+}
+
+/// What a chain holds; beyond 32 bits nothing is gained by counting on.
+#[inline]
+fn capacity_bytes(chain: &[Segment]) -> u32 {
+    chain.iter().fold(0u32, |sum, segment| sum.saturating_add(segment.len))
+}
+
+/// Decides whether a frame can land in the guest's own memory (kernel-facts, section 10, copy mode).
+#[inline]
+fn fit(chain: &[Segment], header_len: u32, layout: UmemLayout) -> Fit {
+    let Some(first) = chain.first() else { return Fit::Useless };
+    if capacity_bytes(chain) < header_len {
+        return Fit::Useless;
+    }
+    if first.len >= header_len + layout.frame_max {
+        return Fit::Direct { header: first.addr, frame: first.addr.plus(u64::from(header_len)) };
+    }
+    match chain.get(1) {
+        // The header has a descriptor of its own (legacy drivers, big mode).
+        Some(second) if first.len == header_len && second.len >= layout.frame_max => {
+            Fit::Direct { header: first.addr, frame: second.addr }
+        }
+        Some(_) => Fit::Bounce(BounceReason::SplitBuffer),
+        None => Fit::Bounce(BounceReason::ShortBuffer),
+    }
+}
+
+/// The part of a frame that is still to be copied: header bytes of ours, then payload in the slab.
+struct Frame<'a> {
+    header: &'a [u8],
+    at: UmemAddr,
+    len: u32,
+}
+
+impl Frame<'_> {
+    fn bytes(&self) -> u32 {
+        self.header.len() as u32 + self.len
+    }
+
+    /// Copies as much as fits into `to`.
+    fn copy_into(&mut self, memory: &GuestMemory, to: Segment, counts: &mut Counts) {
+        let header = self.header.len().min(to.len as usize);
+        memory.write(to.addr, &self.header[..header]);
+        self.header = &self.header[header..];
+        let payload = self.len.min(to.len - header as u32);
+        if payload > 0 {
+            memory.copy(self.at, to.addr.plus(header as u64), payload);
+            counts.copied_bytes += u64::from(payload);
+            self.at = self.at.plus(u64::from(payload));
+            self.len -= payload;
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Bounce frames: chunks of the front slab, for frames that cannot stay in the guest's buffers.
+
+use crate::guest_memory::UmemAddr;
+use crate::xsk::CHUNK_BYTES;
+
+/// Bounce frames of one direction of one queue pair.
+pub(super) const SLAB_FRAMES: usize = 512;
+/// Front slab of a port: chunk 0 keeps fill addresses from being negative, then rx and tx frames of each queue pair.
+pub(crate) fn slab_bytes(queue_pairs: usize) -> u64 {
+    CHUNK_BYTES * (1 + (2 * SLAB_FRAMES * queue_pairs) as u64)
+}
+
+/// A stack of free frames of a fixed part of the slab.
+#[derive(Debug)]
+pub(super) struct Slab {
+    start: u64,
+    free: Vec<UmemAddr>,
+}
+
+impl Slab {
+    /// The rx (`direction` 0) or tx (1) frames of queue pair `pair`.
+    pub fn new(pair: usize, direction: usize) -> Self {
+        let start = CHUNK_BYTES * (1 + (SLAB_FRAMES * (2 * pair + direction)) as u64);
+        let mut slab = Self { start, free: Vec::with_capacity(SLAB_FRAMES) };
+        slab.reset();
+        slab
+    }
+
+    pub fn take(&mut self) -> Option<UmemAddr> {
+        self.free.pop()
+    }
+
+    pub fn give_back(&mut self, frame: UmemAddr) {
+        debug_assert!(self.owns(frame) && self.free.len() < SLAB_FRAMES, "a frame goes back once, to its own slab");
+        self.free.push(frame);
+    }
+
+    /// Whether an address is the start of one of these frames.
+    pub fn owns(&self, frame: UmemAddr) -> bool {
+        let end = self.start + SLAB_FRAMES as u64 * CHUNK_BYTES;
+        (self.start..end).contains(&frame.0) && frame.0.is_multiple_of(CHUNK_BYTES)
+    }
+
+    /// Number of frames in use.
+    pub fn used(&self) -> usize {
+        SLAB_FRAMES - self.free.len()
+    }
+
+    /// All frames are free again: the socket that had them is closed.
+    pub fn reset(&mut self) {
+        self.free.clear();
+        self.free.extend((0..SLAB_FRAMES as u64).map(|i| UmemAddr(self.start + i * CHUNK_BYTES)));
+    }
+}

@@ -1,0 +1,309 @@
+//! tx: from the guest to the AF_XDP tx ring.
+//!
+//! **Direct**: the pieces of the guest's chain, less its virtio-net header, become tx descriptors; the head is used when
+//! the completion ring has named every piece. **Bounce**: a frame that cannot be sent so is copied into a slab frame,
+//! and its head is used at once.
+//!
+//! Invariant: no descriptor is submitted that the kernel would refuse, for such a one may never complete.
+
+use super::inflight::InFlight;
+use super::slab::Slab;
+use super::vring::Vring;
+use crate::error::QueueFault;
+use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
+use crate::stats::{BounceReason, Counts, DropReason};
+use crate::virtqueue::{CHAIN_DESCS_MAX, Direction};
+use crate::xsk::{BindMode, CHUNK_BYTES, COMPLETION_RING_DESCS, FRAME_BYTES_MAX, TX_RING_DESCS, UmemLayout, XskSocket};
+
+/// Frames handled before the other direction gets its turn.
+const BURST: u32 = 64;
+/// Ethernet header: the shortest frame that has addresses.
+const FRAME_BYTES_MIN: u32 = 14;
+
+// A piece is never longer than a frame, so the kernel's limit of one chunk per descriptor always holds.
+const _: () = assert!(FRAME_BYTES_MAX as u64 <= CHUNK_BYTES, "every piece fits a tx descriptor");
+
+/// Who is waiting for a frame to be sent.
+#[derive(Debug, Clone, Copy)]
+enum Owner {
+    Guest { head: u16 },
+    Slab { frame: UmemAddr },
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Sent {
+    owner: Owner,
+    pieces_left: u16,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Piece {
+    addr: UmemAddr,
+    sent: u16,
+}
+
+/// Frames in the kernel's hands: as long as a socket lives, whatever becomes of the virtqueue.
+#[derive(Debug)]
+pub(super) struct TxInFlight {
+    pieces: InFlight<Piece>,
+    sent: Vec<Sent>,
+    free: Vec<u16>,
+    slab: Slab,
+    /// Copy mode clears bit 0 of completed addresses (net/xdp/xsk.c keeps `address | 1` in the skb).
+    key_mask: u64,
+}
+
+impl TxInFlight {
+    pub fn new(slab: Slab) -> Self {
+        let capacity = COMPLETION_RING_DESCS as usize;
+        Self {
+            pieces: InFlight::with_capacity(capacity),
+            sent: vec![Sent { owner: Owner::Guest { head: 0 }, pieces_left: 0 }; capacity],
+            free: (0..capacity as u16).rev().collect(),
+            slab,
+            key_mask: !0,
+        }
+    }
+
+    /// A new socket: completions carry addresses as its mode makes them.
+    pub fn start(&mut self, mode: BindMode) {
+        self.key_mask = if mode == BindMode::Copy { !1 } else { !0 };
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.pieces.len() == 0
+    }
+
+    fn key(&self, addr: UmemAddr) -> UmemAddr {
+        UmemAddr(addr.0 & self.key_mask)
+    }
+
+    /// Whether a completion of `addr` could be taken for that of another frame in flight.
+    fn is_ambiguous(&self, addr: UmemAddr) -> bool {
+        self.pieces.get(self.key(addr)).is_some_and(|other| other.addr != addr)
+    }
+
+    /// Whether the tx ring and the completion ring have room for `pieces` more descriptors.
+    fn has_room(&self, xsk: &mut XskSocket, pieces: usize) -> bool {
+        self.pieces.len() + pieces <= COMPLETION_RING_DESCS as usize && xsk.tx_free(pieces as u32) as usize >= pieces
+    }
+
+    /// Writes one packet's descriptors; room was checked.
+    fn send(&mut self, xsk: &mut XskSocket, pieces: &[Segment], owner: Owner) {
+        let Some(sent) = self.free.pop() else {
+            unreachable!("there are as many records as completions, and each frame has a piece");
+        };
+        self.sent[usize::from(sent)] = Sent { owner, pieces_left: pieces.len() as u16 };
+        for (index, piece) in pieces.iter().enumerate() {
+            self.pieces.insert(self.key(piece.addr), Piece { addr: piece.addr, sent });
+            xsk.tx_write(piece.addr, piece.len, index + 1 < pieces.len());
+        }
+    }
+
+    /// Takes completions in; `used` gets the head of each guest frame that is done. Returns their number.
+    pub fn reap(&mut self, xsk: &mut XskSocket, mut used: impl FnMut(u16)) -> u32 {
+        let completed = xsk.completion_peek();
+        for _ in 0..completed {
+            let addr = xsk.completion_read();
+            let Some(piece) = self.pieces.remove(self.key(addr)) else {
+                debug_assert!(false, "the kernel completes only what was sent");
+                continue;
+            };
+            let sent = &mut self.sent[usize::from(piece.sent)];
+            sent.pieces_left -= 1;
+            if sent.pieces_left == 0 {
+                self.free.push(piece.sent);
+                match sent.owner {
+                    Owner::Guest { head } => used(head),
+                    Owner::Slab { frame } => self.slab.give_back(frame),
+                }
+            }
+        }
+        if completed > 0 {
+            xsk.completion_release();
+        }
+        completed
+    }
+
+    /// Sends a frame of our own. Returns whether there was room.
+    pub fn inject(&mut self, xsk: &mut XskSocket, memory: &GuestMemory, frame: &[u8]) -> bool {
+        if !self.has_room(xsk, 1) {
+            return false;
+        }
+        let Some(at) = self.slab.take() else { return false };
+        memory.write(at, frame);
+        self.send(xsk, &[Segment { addr: at, len: frame.len() as u32 }], Owner::Slab { frame: at });
+        xsk.tx_submit();
+        true
+    }
+
+    /// The socket is closed: what it had is gone. `used` gets each guest head; its frame may or may not have left.
+    pub fn abandon(&mut self, mut used: impl FnMut(u16)) {
+        let mut open: Vec<u16> = self.pieces.values().map(|piece| piece.sent).collect();
+        open.sort_unstable();
+        open.dedup();
+        for sent in open {
+            if let Owner::Guest { head } = self.sent[usize::from(sent)].owner {
+                used(head);
+            }
+            self.free.push(sent);
+        }
+        self.pieces.clear();
+        self.slab.reset();
+    }
+}
+
+/// What becomes of a chain.
+enum Verdict {
+    Direct,
+    Bounce(BounceReason),
+    Drop(DropReason),
+}
+
+/// The tx side of a queue pair.
+#[derive(Debug)]
+pub(super) struct Tx {
+    pub vring: Vring,
+    chain: Vec<Segment>,
+    /// Why the kernel does not send at the moment, if it does not.
+    pub wakeup_errno: Option<i32>,
+}
+
+impl Tx {
+    pub fn new(vring: Vring) -> Self {
+        Self { vring, chain: Vec::with_capacity(CHAIN_DESCS_MAX), wakeup_errno: None }
+    }
+
+    /// Returns finished heads and sends fresh ones. Returns the number of completions and frames moved.
+    ///
+    /// # Errors
+    /// The driver broke the ring protocol; what was taken before is sent.
+    pub fn burst(
+        &mut self,
+        xsk: &mut XskSocket,
+        flight: &mut TxInFlight,
+        counts: &mut Counts,
+    ) -> Result<u32, QueueFault> {
+        let mut moved = self.reap(xsk, flight);
+        let taken = self.send(xsk, flight, counts);
+        xsk.tx_submit();
+        let pending = xsk.tx_pending();
+        if pending > 0 {
+            self.wakeup_errno = xsk.tx_wakeup().err().filter(|errno| !is_passing(*errno));
+            // In copy mode the call has sent frames, and most are complete already.
+            moved += pending - xsk.tx_pending() + self.reap(xsk, flight);
+        }
+        self.vring.flush();
+        taken.map(|taken| moved + taken)
+    }
+
+    /// Uses the heads of frames that are done.
+    pub fn reap(&mut self, xsk: &mut XskSocket, flight: &mut TxInFlight) -> u32 {
+        flight.reap(xsk, |head| self.vring.queue.push_used(head, 0))
+    }
+
+    fn send(&mut self, xsk: &mut XskSocket, flight: &mut TxInFlight, counts: &mut Counts) -> Result<u32, QueueFault> {
+        if !self.vring.runs() {
+            return Ok(0);
+        }
+        let available = u32::from(self.vring.queue.available()?).min(BURST);
+        for taken in 0..available {
+            let head = self.vring.queue.take_head()?;
+            self.chain.clear();
+            if let Err(fault) = self.vring.queue.walk(head, Direction::DeviceReads, &mut self.chain) {
+                self.vring.queue.untake(1);
+                return Err(fault);
+            }
+            if !self.send_chain(head, xsk, flight, counts) {
+                self.vring.queue.untake(1);
+                return Ok(taken);
+            }
+        }
+        Ok(available)
+    }
+
+    /// Sends, copies or drops the frame in `self.chain`. Returns false, having done nothing, if there is no room.
+    #[inline]
+    fn send_chain(&mut self, head: u16, xsk: &mut XskSocket, flight: &mut TxInFlight, counts: &mut Counts) -> bool {
+        let pieces = strip_header(&mut self.chain, self.vring.header_len);
+        let len = pieces.iter().fold(0u32, |sum, piece| sum.saturating_add(piece.len));
+        match judge(pieces, len, self.vring.enabled, xsk, flight) {
+            Verdict::Drop(reason) => {
+                counts.dropped(reason);
+                self.vring.queue.push_used(head, 0);
+            }
+            Verdict::Direct => {
+                if !flight.has_room(xsk, pieces.len()) {
+                    return false;
+                }
+                flight.send(xsk, pieces, Owner::Guest { head });
+                counts.direct(len);
+            }
+            Verdict::Bounce(reason) => {
+                if !flight.has_room(xsk, 1) {
+                    return false;
+                }
+                let Some(frame) = flight.slab.take() else { return false };
+                gather(self.vring.queue.memory(), pieces, frame, counts);
+                flight.send(xsk, &[Segment { addr: frame, len }], Owner::Slab { frame });
+                counts.bounced(len, reason);
+                self.vring.queue.push_used(head, 0);
+            }
+        }
+        true
+    }
+}
+
+/// Answers of sendto that need no attention: work is left over (budget or send buffer), a frame was dropped by the
+/// device's queue and completed, or memory is short for a moment.
+fn is_passing(errno: i32) -> bool {
+    matches!(errno, libc::EAGAIN | libc::EBUSY | libc::ENOBUFS | libc::EINTR)
+}
+
+/// Cuts the virtio-net header off; returns the pieces that hold the frame.
+#[inline]
+fn strip_header(chain: &mut [Segment], header_len: u32) -> &[Segment] {
+    let mut left = header_len;
+    let mut first = 0;
+    for piece in chain.iter_mut() {
+        if piece.len > left {
+            piece.addr = piece.addr.plus(u64::from(left));
+            piece.len -= left;
+            break;
+        }
+        left -= piece.len;
+        first += 1;
+    }
+    &chain[first..]
+}
+
+#[inline]
+fn judge(pieces: &[Segment], len: u32, enabled: bool, xsk: &XskSocket, flight: &TxInFlight) -> Verdict {
+    let UmemLayout { frame_max } = xsk.layout;
+    if !enabled {
+        Verdict::Drop(DropReason::Disabled)
+    } else if len < FRAME_BYTES_MIN {
+        Verdict::Drop(DropReason::Runt)
+    } else if len > frame_max {
+        Verdict::Drop(DropReason::Oversize)
+    } else if pieces.len() > xsk.tx_pieces_max() {
+        Verdict::Bounce(BounceReason::TooManyPieces)
+    } else if pieces.iter().any(|piece| flight.is_ambiguous(piece.addr)) {
+        Verdict::Bounce(BounceReason::AddressAlias)
+    } else {
+        Verdict::Direct
+    }
+}
+
+/// Copies the pieces of a frame into one slab frame.
+fn gather(memory: &GuestMemory, pieces: &[Segment], frame: UmemAddr, counts: &mut Counts) {
+    let mut to = frame;
+    for piece in pieces {
+        memory.copy(piece.addr, to, piece.len);
+        counts.copied_bytes += u64::from(piece.len);
+        to = to.plus(u64::from(piece.len));
+    }
+}
+
+// The tx ring never holds more than the completion ring can answer.
+const _: () = assert!(TX_RING_DESCS <= COMPLETION_RING_DESCS, "a completion has room for every descriptor");

@@ -1,0 +1,109 @@
+//! What rx and tx virtqueues share: the ring, its eventfds, its header format, and giving heads back.
+
+use std::sync::Arc;
+
+use crate::error::{Error, QueueFault};
+use crate::fd::EventFd;
+use crate::guest_memory::GuestMemory;
+use crate::virtqueue::{QueueConfig, SplitQueue};
+
+const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
+const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
+const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+
+/// A virtqueue as vhost-user hands it over.
+#[derive(Debug)]
+pub struct VringConfig {
+    /// The rings. `event_idx` is taken from `features`.
+    pub queue: QueueConfig,
+    /// Negotiated virtio features.
+    pub features: u64,
+    /// SET_VRING_ENABLE.
+    pub enabled: bool,
+    /// Driver → device notifications.
+    pub kick: EventFd,
+    /// Device → driver notifications.
+    pub call: Option<EventFd>,
+    /// Signalled when the queue is stopped by a fault.
+    pub err: Option<EventFd>,
+}
+
+/// A running virtqueue.
+#[derive(Debug)]
+pub(super) struct Vring {
+    pub queue: SplitQueue,
+    pub enabled: bool,
+    /// Stopped by a fault until the front-end stops and starts it.
+    pub faulted: bool,
+    pub kick: EventFd,
+    pub call: Option<EventFd>,
+    pub err: Option<EventFd>,
+    /// virtio_net_hdr in front of each frame, in bytes (VIRTIO 1.3 §5.1.6).
+    pub header_len: u32,
+    pub mergeable: bool,
+}
+
+impl Vring {
+    pub fn new(memory: Arc<GuestMemory>, config: VringConfig) -> Result<Self, Error> {
+        let event_idx = config.features & VIRTIO_RING_F_EVENT_IDX != 0;
+        let mergeable = config.features & VIRTIO_NET_F_MRG_RXBUF != 0;
+        // num_buffers is part of the header with MRG_RXBUF, or always from VIRTIO 1.0 on.
+        let long_header = mergeable || config.features & VIRTIO_F_VERSION_1 != 0;
+        Ok(Self {
+            queue: SplitQueue::new(memory, &QueueConfig { event_idx, ..config.queue })?,
+            enabled: config.enabled,
+            faulted: false,
+            kick: config.kick,
+            call: config.call,
+            err: config.err,
+            header_len: if long_header { 12 } else { 10 },
+            mergeable,
+        })
+    }
+
+    /// Shows used entries to the driver and notifies it, once.
+    #[inline]
+    pub fn flush(&mut self) {
+        self.queue.publish_used();
+        if self.queue.should_call()
+            && let Some(call) = &self.call
+        {
+            call.signal();
+        }
+    }
+
+    /// Stops the queue for good.
+    pub fn fault(&mut self) {
+        self.faulted = true;
+        if let Some(err) = &self.err {
+            err.signal();
+        }
+    }
+
+    /// Gives heads back that were taken and not used: `(position, head)`, position being the avail index at which it
+    /// was taken. Those taken last stay in the avail ring, by rewinding it; one that was taken before a head that is
+    /// used already cannot, and returns used with length 0.
+    pub fn give_back(&mut self, heads: &mut [(u16, u16)]) {
+        let next = self.queue.next_avail();
+        heads.sort_unstable_by_key(|&(position, _)| next.wrapping_sub(position));
+        let rewound =
+            heads.iter().zip(1u16..).take_while(|((position, _), back)| next.wrapping_sub(*position) == *back);
+        let rewound = rewound.count();
+        self.queue.untake(rewound as u16);
+        for &(_, head) in heads[rewound..].iter().rev() {
+            self.queue.push_used(head, 0);
+        }
+        self.flush();
+    }
+
+    /// Whether the queue may be worked on.
+    #[inline]
+    pub fn runs(&self) -> bool {
+        !self.faulted
+    }
+
+    /// Asks for kicks; whether there is something to do already.
+    pub fn arm(&mut self) -> Result<bool, QueueFault> {
+        if self.faulted { Ok(false) } else { self.queue.enable_kicks() }
+    }
+}

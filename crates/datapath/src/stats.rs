@@ -1,0 +1,158 @@
+//! Counters of one queue pair, by name and reason.
+//!
+//! The pump thread adds to plain fields and publishes them once per burst; any thread may take a snapshot.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Why a frame did not stay where the guest or the wire put it, or was lost. Names are part of the JSON report.
+macro_rules! reasons {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident => $text:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $name { $($(#[$vdoc])* $variant,)* }
+
+        impl $name {
+            /// The names, in the order of the variants.
+            pub const NAMES: &'static [&'static str] = &[$($text,)*];
+        }
+    };
+}
+
+reasons! {
+    /// Why a frame was copied once in user space.
+    BounceReason {
+        /// rx: the guest's buffer is shorter than the longest frame that may arrive.
+        ShortBuffer => "short_buffer",
+        /// rx: the buffer's first piece is too short, the rest lies elsewhere.
+        SplitBuffer => "split_buffer",
+        /// rx: the kernel placed the frame at an unexpected offset.
+        Shifted => "shifted",
+        /// tx: the chain has more pieces than a packet may have descriptors.
+        TooManyPieces => "too_many_pieces",
+        /// tx: another frame in flight has an address that its completion could be mistaken for.
+        AddressAlias => "address_alias",
+    }
+}
+
+reasons! {
+    /// Why a frame was lost.
+    DropReason {
+        /// rx: the guest had no buffer (kernel: fill ring empty).
+        NoBuffer => "no_buffer",
+        /// Longer than the interface's MTU allows.
+        Oversize => "oversize",
+        /// rx: the kernel's rx ring was full.
+        RingFull => "rx_ring_full",
+        /// rx: longer than the guest's buffer, and buffers cannot be merged.
+        BufferTooSmall => "buffer_too_small",
+        /// The virtqueue was disabled (SET_VRING_ENABLE 0).
+        Disabled => "disabled",
+        /// tx: shorter than an Ethernet header.
+        Runt => "runt",
+        /// tx: no AF_XDP socket is attached, or it went away with the frame.
+        NoSocket => "no_socket",
+    }
+}
+
+const BOUNCE: usize = BounceReason::NAMES.len();
+const DROP: usize = DropReason::NAMES.len();
+
+/// One direction's figures.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Frames handed to the guest (rx) or to the kernel (tx).
+    pub frames: u64,
+    /// Their bytes, without virtio-net header and FCS.
+    pub bytes: u64,
+    /// Frames that no one copied in user space.
+    pub direct: u64,
+    /// Frames copied once, by [`BounceReason`].
+    pub bounced: [u64; BOUNCE],
+    /// Frames lost, by [`DropReason`].
+    pub dropped: [u64; DROP],
+    /// Payload bytes copied in user space; added where the copy is made.
+    pub copied_bytes: u64,
+}
+
+impl Counts {
+    /// Counts a frame that stayed in place.
+    #[inline]
+    pub fn direct(&mut self, len_bytes: u32) {
+        self.frames += 1;
+        self.bytes += u64::from(len_bytes);
+        self.direct += 1;
+    }
+
+    /// Counts a copied frame.
+    #[inline]
+    pub fn bounced(&mut self, len_bytes: u32, reason: BounceReason) {
+        self.frames += 1;
+        self.bytes += u64::from(len_bytes);
+        self.bounced[reason as usize] += 1;
+    }
+
+    /// Counts a lost frame.
+    #[inline]
+    pub fn dropped(&mut self, reason: DropReason) {
+        self.dropped[reason as usize] += 1;
+    }
+
+    /// Adds another thread's or an earlier life's figures.
+    pub fn add(&mut self, other: &Self) {
+        self.frames += other.frames;
+        self.bytes += other.bytes;
+        self.direct += other.direct;
+        self.copied_bytes += other.copied_bytes;
+        for (to, from) in self.bounced.iter_mut().zip(other.bounced) {
+            *to += from;
+        }
+        for (to, from) in self.dropped.iter_mut().zip(other.dropped) {
+            *to += from;
+        }
+    }
+
+    fn words(&self) -> [u64; WORDS] {
+        let mut words = [0; WORDS];
+        words[..4].copy_from_slice(&[self.frames, self.bytes, self.direct, self.copied_bytes]);
+        words[4..4 + BOUNCE].copy_from_slice(&self.bounced);
+        words[4 + BOUNCE..].copy_from_slice(&self.dropped);
+        words
+    }
+
+    fn from_words(words: &[u64; WORDS]) -> Self {
+        let mut counts =
+            Self { frames: words[0], bytes: words[1], direct: words[2], copied_bytes: words[3], ..Self::default() };
+        counts.bounced.copy_from_slice(&words[4..4 + BOUNCE]);
+        counts.dropped.copy_from_slice(&words[4 + BOUNCE..]);
+        counts
+    }
+}
+
+const WORDS: usize = 4 + BOUNCE + DROP;
+
+/// What one thread publishes and others read. Each figure is exact; a snapshot may be torn between figures.
+#[derive(Debug, Default)]
+pub struct Published {
+    words: [AtomicU64; WORDS],
+}
+
+impl Published {
+    /// Shows the owner's figures.
+    #[inline]
+    pub fn publish(&self, counts: &Counts) {
+        for (to, from) in self.words.iter().zip(counts.words()) {
+            // Relaxed: counters order nothing.
+            to.store(from, Ordering::Relaxed);
+        }
+    }
+
+    /// The figures published last.
+    pub fn snapshot(&self) -> Counts {
+        let mut words = [0; WORDS];
+        for (to, from) in words.iter_mut().zip(&self.words) {
+            // Relaxed: counters order nothing.
+            *to = from.load(Ordering::Relaxed);
+        }
+        Counts::from_words(&words)
+    }
+}

@@ -1,0 +1,45 @@
+//! One descriptor of a split virtqueue (VIRTIO 1.3 §2.7.5), as read from guest memory: once, into our own memory.
+
+use crate::guest_memory::{GuestMemory, GuestPhysAddr, UmemAddr};
+
+/// Size of a descriptor in guest memory.
+pub(super) const DESCRIPTOR_BYTES: u64 = 16;
+
+const VIRTQ_DESC_F_NEXT: u16 = 1;
+const VIRTQ_DESC_F_WRITE: u16 = 2;
+const VIRTQ_DESC_F_INDIRECT: u16 = 4;
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Descriptor {
+    pub addr: GuestPhysAddr,
+    pub len: u32,
+    flags: u16,
+    pub next: u16,
+}
+
+impl Descriptor {
+    #[inline]
+    pub fn read(memory: &GuestMemory, at: UmemAddr) -> Self {
+        let bytes: [u8; 16] = memory.read(at);
+        let (addr, rest) = bytes.split_at(8);
+        Self {
+            addr: GuestPhysAddr(u64::from_le_bytes(addr.try_into().unwrap_or_default())),
+            len: u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]),
+            flags: u16::from_le_bytes([rest[4], rest[5]]),
+            next: u16::from_le_bytes([rest[6], rest[7]]),
+        }
+    }
+
+    pub fn has_next(&self) -> bool {
+        self.flags & VIRTQ_DESC_F_NEXT != 0
+    }
+
+    /// The device may write to it, and only that.
+    pub fn is_device_writable(&self) -> bool {
+        self.flags & VIRTQ_DESC_F_WRITE != 0
+    }
+
+    pub fn is_indirect(&self) -> bool {
+        self.flags & VIRTQ_DESC_F_INDIRECT != 0
+    }
+}

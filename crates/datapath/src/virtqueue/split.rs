@@ -1,0 +1,248 @@
+//! One split virtqueue, seen from the device.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use super::chain::{self, Direction, Table};
+use super::descriptor::DESCRIPTOR_BYTES;
+use crate::error::QueueFault;
+use crate::guest_memory::{GuestMemory, Segment, UmemAddr, UserAddr};
+
+const VIRTQ_AVAIL_F_NO_INTERRUPT: u16 = 1;
+const VIRTQ_USED_F_NO_NOTIFY: u16 = 1;
+const USED_ELEMENT_BYTES: u64 = 8;
+/// flags and idx, in front of the entries of the avail and the used ring.
+const RING_HEADER_BYTES: u64 = 4;
+
+/// Where the rings of a queue are and how they are used.
+#[derive(Debug, Clone, Copy)]
+pub struct QueueConfig {
+    /// Number of descriptors; a power of two up to 32768.
+    pub size: u32,
+    /// The next avail entry to take (SET_VRING_BASE).
+    pub base: u16,
+    /// Descriptor table, in the front-end's addresses.
+    pub desc: UserAddr,
+    /// Avail ring, in the front-end's addresses.
+    pub avail: UserAddr,
+    /// Used ring, in the front-end's addresses.
+    pub used: UserAddr,
+    /// VIRTIO_RING_F_EVENT_IDX was negotiated.
+    pub event_idx: bool,
+}
+
+/// The device side of a split virtqueue. Holds the memory that its rings live in.
+#[derive(Debug)]
+pub struct SplitQueue {
+    memory: Arc<GuestMemory>,
+    size: u16,
+    desc: UmemAddr,
+    avail: UmemAddr,
+    used: UmemAddr,
+    event_idx: bool,
+    /// Next avail entry to take; free-running.
+    next_avail: u16,
+    /// Avail index as last seen.
+    avail_idx: u16,
+    /// Next used entry to write; free-running. Entries up to here may not be published yet.
+    next_used: u16,
+    /// Used index as last published.
+    used_idx: u16,
+    /// Used index when the driver was last considered for a call.
+    called_at: u16,
+    region_hint: usize,
+}
+
+impl SplitQueue {
+    /// Checks the rings and takes the queue up where it was left.
+    ///
+    /// # Errors
+    /// [`QueueFault::BadSize`], [`QueueFault::RingOutsideMemory`].
+    pub fn new(memory: Arc<GuestMemory>, config: &QueueConfig) -> Result<Self, QueueFault> {
+        if !config.size.is_power_of_two() || config.size > 32768 {
+            return Err(QueueFault::BadSize { size: config.size });
+        }
+        let entries = u64::from(config.size);
+        let place = |ring, addr: UserAddr, align, len_bytes| {
+            memory
+                .translate_user(addr, len_bytes)
+                .filter(|at| at.0.is_multiple_of(align) && addr.0.is_multiple_of(align))
+                .ok_or(QueueFault::RingOutsideMemory { ring, address: addr.0, len_bytes })
+        };
+        // Each ring ends with a 16-bit event field (VIRTIO 1.3 §2.7.6, §2.7.8).
+        let desc = place("descriptor table", config.desc, 16, entries * DESCRIPTOR_BYTES)?;
+        let avail = place("avail ring", config.avail, 2, RING_HEADER_BYTES + entries * 2 + 2)?;
+        let used = place("used ring", config.used, 4, RING_HEADER_BYTES + entries * USED_ELEMENT_BYTES + 2)?;
+        // Relaxed: the used index is ours alone; it says what an earlier back-end published.
+        let used_idx = memory.load_u16(used.plus(2), Ordering::Relaxed);
+        Ok(Self {
+            memory,
+            size: config.size as u16,
+            desc,
+            avail,
+            used,
+            event_idx: config.event_idx,
+            next_avail: config.base,
+            avail_idx: config.base,
+            next_used: used_idx,
+            used_idx,
+            called_at: used_idx,
+            region_hint: 0,
+        })
+    }
+
+    /// The memory that the rings and buffers live in.
+    #[inline]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The ring base: the next avail entry that would be taken.
+    pub fn next_avail(&self) -> u16 {
+        self.next_avail
+    }
+
+    /// Number of heads that can be taken now.
+    ///
+    /// # Errors
+    /// [`QueueFault::AvailIndexJump`] if the driver published more than the ring holds.
+    #[inline]
+    pub fn available(&mut self) -> Result<u16, QueueFault> {
+        // Acquire: ring entries and descriptors written before the index are seen. Pairs with the driver's write
+        // barrier before it stores avail->idx (VIRTIO 1.3 §2.7.13.3).
+        self.avail_idx = self.memory.load_u16(self.avail.plus(2), Ordering::Acquire);
+        let ahead = self.avail_idx.wrapping_sub(self.next_avail);
+        if ahead > self.size {
+            return Err(QueueFault::AvailIndexJump {
+                avail_idx: self.avail_idx,
+                next_avail: self.next_avail,
+                ahead,
+                size: self.size,
+            });
+        }
+        Ok(ahead)
+    }
+
+    /// Takes the next head. [`available`](Self::available) said that there is one.
+    ///
+    /// # Errors
+    /// [`QueueFault::HeadOutOfRange`].
+    #[inline]
+    pub fn take_head(&mut self) -> Result<u16, QueueFault> {
+        debug_assert_ne!(self.next_avail, self.avail_idx, "a head is taken only if one is available");
+        let slot = u64::from(self.next_avail & (self.size - 1));
+        // Relaxed: ordered by the Acquire load of the index in available().
+        let head = self.memory.load_u16(self.avail.plus(RING_HEADER_BYTES + 2 * slot), Ordering::Relaxed);
+        if head >= self.size {
+            return Err(QueueFault::HeadOutOfRange { head, size: self.size });
+        }
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(head)
+    }
+
+    /// Gives back the `count` heads taken last: the driver's entries stay in the avail ring.
+    #[inline]
+    pub fn untake(&mut self, count: u16) {
+        self.next_avail = self.next_avail.wrapping_sub(count);
+    }
+
+    /// Appends the segments of a chain to `segments`, up to its capacity.
+    ///
+    /// # Errors
+    /// A broken chain.
+    #[inline]
+    pub fn walk(&mut self, head: u16, direction: Direction, segments: &mut Vec<Segment>) -> Result<(), QueueFault> {
+        let table = Table { start: self.desc, size: u32::from(self.size) };
+        chain::walk(&self.memory, table, head, direction, &mut self.region_hint, segments)
+    }
+
+    /// Writes a used entry; the driver sees it after [`publish_used`](Self::publish_used).
+    #[inline]
+    pub fn push_used(&mut self, head: u16, len_bytes: u32) {
+        let slot = u64::from(self.next_used & (self.size - 1));
+        self.memory.store_used_element(
+            self.used.plus(RING_HEADER_BYTES + slot * USED_ELEMENT_BYTES),
+            u32::from(head),
+            len_bytes,
+        );
+        self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Shows all written used entries to the driver.
+    #[inline]
+    pub fn publish_used(&mut self) {
+        if self.used_idx != self.next_used {
+            self.used_idx = self.next_used;
+            // Release: used entries and the frames themselves are visible before the index. Pairs with the driver's
+            // read barrier after it loads used->idx (VIRTIO 1.3 §2.7.14).
+            self.memory.store_u16(self.used.plus(2), self.used_idx, Ordering::Release);
+        }
+    }
+
+    /// Whether the driver wants a call for what was published since the last time this was asked.
+    #[inline]
+    pub fn should_call(&mut self) -> bool {
+        let (old, new) = (self.called_at, self.used_idx);
+        if old == new {
+            return false;
+        }
+        // SeqCst fence: our used->idx store is visible before the driver's wish is read. Pairs with the driver's full
+        // barrier between writing used_event/flags and looking at used->idx again (VIRTIO 1.3 §2.7.7.1).
+        fence(Ordering::SeqCst);
+        self.called_at = new;
+        if self.event_idx {
+            let event = self.memory.load_u16(self.used_event(), Ordering::Relaxed);
+            crossed(event, new, old)
+        } else {
+            self.memory.load_u16(self.avail, Ordering::Relaxed) & VIRTQ_AVAIL_F_NO_INTERRUPT == 0
+        }
+    }
+
+    /// Asks the driver not to kick. With EVENT_IDX the stale avail_event does that by itself.
+    #[inline]
+    pub fn disable_kicks(&mut self) {
+        if !self.event_idx {
+            self.memory.store_u16(self.used, VIRTQ_USED_F_NO_NOTIFY, Ordering::Relaxed);
+        }
+    }
+
+    /// Asks the driver to kick when it adds a buffer; returns whether one is there already.
+    ///
+    /// # Errors
+    /// [`QueueFault::AvailIndexJump`].
+    pub fn enable_kicks(&mut self) -> Result<bool, QueueFault> {
+        if self.event_idx {
+            let avail_event = self.used.plus(RING_HEADER_BYTES + u64::from(self.size) * USED_ELEMENT_BYTES);
+            self.memory.store_u16(avail_event, self.avail_idx, Ordering::Relaxed);
+        } else {
+            self.memory.store_u16(self.used, 0, Ordering::Relaxed);
+        }
+        // SeqCst fence: our wish is visible before avail->idx is read again. Pairs with the driver's full barrier
+        // between storing avail->idx and reading avail_event/flags (VIRTIO 1.3 §2.7.13.4).
+        fence(Ordering::SeqCst);
+        let seen = self.avail_idx;
+        self.available()?;
+        Ok(self.avail_idx != seen)
+    }
+
+    /// Whether descriptor table and avail ring hold nothing but zeros, as never-shared memory does.
+    pub fn looks_unshared(&self) -> bool {
+        self.memory.is_zero(self.avail, RING_HEADER_BYTES + 2 * u64::from(self.size))
+            && self.memory.is_zero(self.desc, DESCRIPTOR_BYTES * u64::from(self.size))
+    }
+
+    fn used_event(&self) -> UmemAddr {
+        self.avail.plus(RING_HEADER_BYTES + 2 * u64::from(self.size))
+    }
+}
+
+/// Whether an index moving from `old` to `new` has passed `event` (vring_need_event, VIRTIO 1.3 §2.7.10).
+#[inline]
+fn crossed(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}

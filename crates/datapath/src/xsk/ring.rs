@@ -1,0 +1,176 @@
+//! The shared rings: producer (fill, tx) and consumer (completion, rx), single-threaded on our side.
+//!
+//! Verbs: reserve/submit and peek/release. Indices run free over 32 bits. Our own index is private; the kernel's is
+//! cached and read again only when the cache says full or empty. The barriers are those of
+//! `net/xdp/xsk_queue.h`, (A) to (D) in its opening comment.
+
+use std::marker::PhantomData;
+use std::os::fd::RawFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::error::HostError;
+
+/// One mapped ring.
+#[derive(Debug)]
+struct Ring<T> {
+    start: NonNull<u8>,
+    len_bytes: usize,
+    size: u32,
+    producer: usize,
+    consumer: usize,
+    flags: usize,
+    entries: usize,
+    _entries: PhantomData<*mut T>,
+}
+
+// SAFETY: a mapping without thread affinity; one thread owns the ring at a time (&mut self to use it).
+unsafe impl<T: Send> Send for Ring<T> {}
+
+impl<T: Copy> Ring<T> {
+    fn map(fd: RawFd, offsets: &libc::xdp_ring_offset, page_offset: u64, size: u32) -> Result<Self, HostError> {
+        let len_bytes = offsets.desc as usize + size as usize * size_of::<T>();
+        let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing of ours.
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), len_bytes, access, flags, fd, page_offset as libc::off_t) };
+        match NonNull::new(start.cast::<u8>()) {
+            Some(start_ptr) if start != libc::MAP_FAILED => Ok(Self {
+                start: start_ptr,
+                len_bytes,
+                size,
+                producer: offsets.producer as usize,
+                consumer: offsets.consumer as usize,
+                flags: offsets.flags as usize,
+                entries: offsets.desc as usize,
+                _entries: PhantomData,
+            }),
+            _ => Err(HostError::last("cannot map an AF_XDP ring", |_| "free some memory")),
+        }
+    }
+
+    #[inline]
+    fn word(&self, offset: usize) -> &AtomicU32 {
+        // SAFETY: the kernel's XDP_MMAP_OFFSETS name aligned 32-bit words inside the mapping, which lives as long as
+        // &self; the kernel changes them atomically.
+        unsafe { AtomicU32::from_ptr(self.start.as_ptr().add(offset).cast()) }
+    }
+
+    #[inline]
+    fn entry(&self, index: u32) -> *mut T {
+        let slot = (index & (self.size - 1)) as usize;
+        // SAFETY: slot < size, and the mapping holds size entries from `entries` on.
+        unsafe { self.start.as_ptr().add(self.entries).cast::<T>().add(slot) }
+    }
+
+    #[inline]
+    fn needs_wakeup(&self) -> bool {
+        // Relaxed: a hint; the kernel sets it before it looks at the ring for the last time.
+        self.word(self.flags).load(Ordering::Relaxed) & libc::XDP_RING_NEED_WAKEUP != 0
+    }
+}
+
+impl<T> Drop for Ring<T> {
+    fn drop(&mut self) {
+        // SAFETY: mapped by us with this length; nothing refers to it any more.
+        let failed = unsafe { libc::munmap(self.start.as_ptr().cast(), self.len_bytes) };
+        assert!(failed == 0, "a range that mmap returned can be unmapped");
+    }
+}
+
+/// fill or tx: we produce, the kernel consumes.
+#[derive(Debug)]
+pub(super) struct Producer<T: Copy> {
+    ring: Ring<T>,
+    /// Next entry to write; not yet visible to the kernel between `write` and `submit`.
+    next: u32,
+    /// The kernel's consumer index, as last read.
+    consumed: u32,
+}
+
+impl<T: Copy> Producer<T> {
+    pub fn map(fd: RawFd, offsets: &libc::xdp_ring_offset, page_offset: u64, size: u32) -> Result<Self, HostError> {
+        Ok(Self { ring: Ring::map(fd, offsets, page_offset, size)?, next: 0, consumed: 0 })
+    }
+
+    /// Number of entries that can be written, at least `wanted` if there are that many.
+    #[inline]
+    pub fn free(&mut self, wanted: u32) -> u32 {
+        let free = self.ring.size - self.next.wrapping_sub(self.consumed);
+        if free >= wanted {
+            return free;
+        }
+        // Acquire: the kernel has read the entries that we are about to overwrite. (D) pairs with (A)'s counterpart,
+        // the kernel's store of the consumer index.
+        self.consumed = self.ring.word(self.ring.consumer).load(Ordering::Acquire);
+        self.ring.size - self.next.wrapping_sub(self.consumed)
+    }
+
+    /// Writes the next entry. [`free`](Self::free) said that there is room.
+    #[inline]
+    pub fn write(&mut self, entry: T) {
+        debug_assert!(self.next.wrapping_sub(self.consumed) < self.ring.size, "room was reserved");
+        // SAFETY: inside the mapping (entry()), and the kernel does not look at it before submit().
+        unsafe { self.ring.entry(self.next).write_volatile(entry) };
+        self.next = self.next.wrapping_add(1);
+    }
+
+    /// Shows all written entries to the kernel.
+    #[inline]
+    pub fn submit(&mut self) {
+        // Release: (B) entries are visible before the index. Pairs with (C), the kernel's load of the producer index.
+        self.ring.word(self.ring.producer).store(self.next, Ordering::Release);
+    }
+
+    /// Entries that the kernel has not consumed yet.
+    #[inline]
+    pub fn pending(&mut self) -> u32 {
+        // Acquire: as in free().
+        self.consumed = self.ring.word(self.ring.consumer).load(Ordering::Acquire);
+        self.next.wrapping_sub(self.consumed)
+    }
+
+    #[inline]
+    pub fn needs_wakeup(&self) -> bool {
+        self.ring.needs_wakeup()
+    }
+}
+
+/// completion or rx: the kernel produces, we consume.
+#[derive(Debug)]
+pub(super) struct Consumer<T: Copy> {
+    ring: Ring<T>,
+    /// Next entry to read; the kernel may reuse it only after `release`.
+    next: u32,
+}
+
+impl<T: Copy> Consumer<T> {
+    pub fn map(fd: RawFd, offsets: &libc::xdp_ring_offset, page_offset: u64, size: u32) -> Result<Self, HostError> {
+        Ok(Self { ring: Ring::map(fd, offsets, page_offset, size)?, next: 0 })
+    }
+
+    /// Number of entries that can be read.
+    #[inline]
+    pub fn peek(&self) -> u32 {
+        // Acquire: (C) entries are read after the index. Pairs with (B), the kernel's store of the producer index.
+        self.ring.word(self.ring.producer).load(Ordering::Acquire).wrapping_sub(self.next)
+    }
+
+    /// Reads the next entry. [`peek`](Self::peek) said that there is one.
+    #[inline]
+    pub fn read(&mut self) -> T {
+        // SAFETY: inside the mapping (entry()), written by the kernel before the index that peek() saw.
+        let entry = unsafe { self.ring.entry(self.next).read_volatile() };
+        self.next = self.next.wrapping_add(1);
+        entry
+    }
+
+    /// Gives all read entries back to the kernel.
+    #[inline]
+    pub fn release(&mut self) {
+        // Release: (D) our reads are done before the kernel sees the index. Pairs with the kernel's load of the
+        // consumer index before it writes, (A).
+        self.ring.word(self.ring.consumer).store(self.next, Ordering::Release);
+    }
+}

@@ -1,0 +1,401 @@
+//! One AF_XDP socket, bound to one hardware queue.
+
+use std::ffi::c_void;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::ring::{Consumer, Producer};
+use super::{CHUNK_BYTES, RxDesc, UmemLayout};
+use crate::error::{Error, HostError};
+use crate::guest_memory::{GuestMemory, UmemAddr};
+
+/// Entries of the fill and the rx ring: as many frames as can be in the kernel's hands.
+pub const RX_RING_DESCS: u32 = 1024;
+/// Entries of the tx ring.
+pub const TX_RING_DESCS: u32 = 2048;
+/// Entries of the completion ring: every tx descriptor in flight has room in it.
+pub const COMPLETION_RING_DESCS: u32 = TX_RING_DESCS;
+/// Descriptors of one packet in copy mode: MAX_SKB_FRAGS + 1 (kernel-facts, section 6.4).
+const TX_PIECES_COPY_MODE: usize = 18;
+/// A predecessor's queue is free 28-58 ms after its close (kernel-facts, section 8.3).
+const BIND_DEADLINE: Duration = Duration::from_secs(2);
+const BIND_RETRY: Duration = Duration::from_millis(2);
+
+/// Who moves the bytes between the NIC and the UMEM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BindMode {
+    /// The kernel copies (XDP_COPY): any driver.
+    Copy,
+    /// The NIC's DMA (XDP_ZEROCOPY): drivers that support it.
+    ZeroCopy,
+}
+
+/// What to bind to, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct SocketParams {
+    /// Interface index, in the network namespace where the socket was made.
+    pub ifindex: u32,
+    /// Hardware queue, 0-based.
+    pub queue_id: u32,
+    /// Mode; never silently another.
+    pub mode: BindMode,
+    /// Layout of the UMEM.
+    pub layout: UmemLayout,
+}
+
+/// A socket's descriptor where other threads may look at it: statistics, and other sockets that share its UMEM.
+/// `None` once closed.
+pub type SharedFd = Arc<Mutex<Option<OwnedFd>>>;
+
+/// XDP_STATISTICS: what the kernel dropped, since the socket was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Frames dropped for want of a fill entry.
+    pub fill_empty: u64,
+    /// Frames dropped as longer than the UMEM's frames.
+    pub oversize: u64,
+    /// Frames dropped as the rx ring was full.
+    pub rx_ring_full: u64,
+    /// Descriptors that the kernel refused; we submit none, so this stays 0.
+    pub tx_invalid: u64,
+}
+
+/// A bound socket with its four rings. Dropping it unmaps the rings, then closes the descriptor: in that order, for a
+/// mapped ring keeps the socket alive.
+#[derive(Debug)]
+pub struct XskSocket {
+    pub(crate) layout: UmemLayout,
+    mode: BindMode,
+    fill: Producer<u64>,
+    completion: Consumer<u64>,
+    rx: Consumer<libc::xdp_desc>,
+    tx: Producer<libc::xdp_desc>,
+    tx_pieces_max: usize,
+    raw_fd: RawFd,
+    /// Last, so that it is dropped after the rings.
+    fd: ClosingFd,
+}
+
+/// Empties a [`SharedFd`] on drop.
+#[derive(Debug)]
+struct ClosingFd(SharedFd);
+
+impl Drop for ClosingFd {
+    fn drop(&mut self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+impl XskSocket {
+    /// Registers the UMEM, or shares that of `umem_of`; makes and maps the rings; binds.
+    ///
+    /// While the queue's last socket is being torn down, bind is tried again for a while.
+    ///
+    /// # Errors
+    /// Each failing system call, with what to try.
+    pub fn bind(
+        fd: OwnedFd,
+        memory: &GuestMemory,
+        umem_of: Option<&SharedFd>,
+        params: &SocketParams,
+    ) -> Result<Self, Error> {
+        let raw_fd = fd.as_raw_fd();
+        if umem_of.is_none() {
+            register_umem(raw_fd, memory, params.layout)?;
+        }
+        for (option, descs) in [
+            (libc::XDP_UMEM_FILL_RING, RX_RING_DESCS),
+            (libc::XDP_UMEM_COMPLETION_RING, COMPLETION_RING_DESCS),
+            (libc::XDP_RX_RING, RX_RING_DESCS),
+            (libc::XDP_TX_RING, TX_RING_DESCS),
+        ] {
+            set_option(raw_fd, option, &descs, "cannot make an AF_XDP ring", |_| "free some memory")?;
+        }
+        let offsets: libc::xdp_mmap_offsets = get_option(raw_fd, libc::XDP_MMAP_OFFSETS)?;
+        let fill = Producer::map(raw_fd, &offsets.fr, libc::XDP_UMEM_PGOFF_FILL_RING, RX_RING_DESCS)?;
+        let completion =
+            Consumer::map(raw_fd, &offsets.cr, libc::XDP_UMEM_PGOFF_COMPLETION_RING, COMPLETION_RING_DESCS)?;
+        let rx = Consumer::map(raw_fd, &offsets.rx, libc::XDP_PGOFF_RX_RING as u64, RX_RING_DESCS)?;
+        let tx = Producer::map(raw_fd, &offsets.tx, libc::XDP_PGOFF_TX_RING as u64, TX_RING_DESCS)?;
+        bind_queue(raw_fd, umem_of, params)?;
+        let mode = bound_mode(raw_fd)?;
+        if mode != params.mode {
+            return Err(Error::Refused(format!(
+                "bound interface {} queue {} in {mode:?} mode instead of {:?}; ask for a mode that its driver has",
+                params.ifindex, params.queue_id, params.mode
+            )));
+        }
+        let tx_pieces_max = tx_pieces_max(mode);
+        let fd = ClosingFd(Arc::new(Mutex::new(Some(fd))));
+        Ok(Self { layout: params.layout, mode, fill, completion, rx, tx, tx_pieces_max, raw_fd, fd })
+    }
+
+    /// How it was bound, as the kernel says (XDP_OPTIONS).
+    pub fn mode(&self) -> BindMode {
+        self.mode
+    }
+
+    /// The descriptor, to poll.
+    pub fn raw_fd(&self) -> RawFd {
+        self.raw_fd
+    }
+
+    /// The descriptor, for statistics and for sockets that share the UMEM.
+    pub fn shared_fd(&self) -> SharedFd {
+        Arc::clone(&self.fd.0)
+    }
+
+    /// Most descriptors that one packet may have.
+    pub fn tx_pieces_max(&self) -> usize {
+        self.tx_pieces_max
+    }
+
+    /// Room in the fill ring, at least `wanted` if there is that much.
+    #[inline]
+    pub fn fill_free(&mut self, wanted: u32) -> u32 {
+        self.fill.free(wanted)
+    }
+
+    /// Writes a fill entry; [`fill_submit`](Self::fill_submit) shows it to the kernel.
+    #[inline]
+    pub fn fill_write(&mut self, addr: UmemAddr) {
+        self.fill.write(addr.0);
+    }
+
+    /// Shows the written fill entries to the kernel.
+    #[inline]
+    pub fn fill_submit(&mut self) {
+        self.fill.submit();
+    }
+
+    /// Number of received frames.
+    #[inline]
+    pub fn rx_peek(&self) -> u32 {
+        self.rx.peek()
+    }
+
+    /// Reads the next rx descriptor.
+    #[inline]
+    pub fn rx_read(&mut self) -> RxDesc {
+        self.rx.read().into()
+    }
+
+    /// Gives the read rx descriptors back.
+    #[inline]
+    pub fn rx_release(&mut self) {
+        self.rx.release();
+    }
+
+    /// Room in the tx ring, at least `wanted` if there is that much.
+    #[inline]
+    pub fn tx_free(&mut self, wanted: u32) -> u32 {
+        self.tx.free(wanted)
+    }
+
+    /// Writes a tx descriptor; `more` says that the packet goes on in the next one.
+    #[inline]
+    pub fn tx_write(&mut self, addr: UmemAddr, len: u32, more: bool) {
+        self.tx.write(libc::xdp_desc { addr: addr.0, len, options: if more { libc::XDP_PKT_CONTD } else { 0 } });
+    }
+
+    /// Shows the written tx descriptors to the kernel.
+    #[inline]
+    pub fn tx_submit(&mut self) {
+        self.tx.submit();
+    }
+
+    /// Tx descriptors that the kernel has not taken yet.
+    #[inline]
+    pub fn tx_pending(&mut self) -> u32 {
+        self.tx.pending()
+    }
+
+    /// Number of completions.
+    #[inline]
+    pub fn completion_peek(&self) -> u32 {
+        self.completion.peek()
+    }
+
+    /// Reads the next completion.
+    #[inline]
+    pub fn completion_read(&mut self) -> UmemAddr {
+        UmemAddr(self.completion.read())
+    }
+
+    /// Gives the read completions back.
+    #[inline]
+    pub fn completion_release(&mut self) {
+        self.completion.release();
+    }
+
+    /// Lets the kernel work on the tx ring, if it asked for that. `Err` is the errno of sendto: EAGAIN if work is left
+    /// over (the budget of one call, or the send buffer), ENETDOWN and the like if the interface is gone.
+    #[inline]
+    pub fn tx_wakeup(&mut self) -> Result<(), i32> {
+        if !self.tx.needs_wakeup() {
+            return Ok(());
+        }
+        // SAFETY: a send without data or address; nothing of ours is read or written.
+        let sent = unsafe { libc::sendto(self.raw_fd, std::ptr::null(), 0, libc::MSG_DONTWAIT, std::ptr::null(), 0) };
+        if sent >= 0 { Ok(()) } else { Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)) }
+    }
+
+    /// Lets the driver refill from the fill ring, if it asked for that (zero-copy mode only).
+    #[inline]
+    pub fn rx_wakeup(&self) {
+        if self.fill.needs_wakeup() {
+            let flags = libc::MSG_DONTWAIT;
+            // SAFETY: a receive without a buffer; AF_XDP only wakes the driver.
+            // Its result says nothing that the rings do not.
+            let _woken = unsafe {
+                libc::recvfrom(self.raw_fd, std::ptr::null_mut(), 0, flags, std::ptr::null_mut(), std::ptr::null_mut())
+            };
+        }
+    }
+}
+
+/// Reads a socket's statistics; all zero once it is closed.
+pub fn statistics(fd: &SharedFd) -> Statistics {
+    let guard = fd.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(fd) = guard.as_ref() else { return Statistics::default() };
+    let raw: Result<libc::xdp_statistics, _> = get_option(fd.as_raw_fd(), libc::XDP_STATISTICS);
+    // A bound AF_XDP socket always answers; a kernel before 5.9 answers without the later fields, which stay 0.
+    raw.map_or_else(
+        |_| Statistics::default(),
+        |raw| Statistics {
+            fill_empty: raw.rx_fill_ring_empty_descs.min(raw.rx_dropped),
+            // In copy mode rx_dropped counts both causes (net/xdp/xsk.c: __xsk_rcv).
+            oversize: raw.rx_dropped.saturating_sub(raw.rx_fill_ring_empty_descs),
+            rx_ring_full: raw.rx_ring_full,
+            tx_invalid: raw.tx_invalid_descs,
+        },
+    )
+}
+
+fn register_umem(fd: RawFd, memory: &GuestMemory, layout: UmemLayout) -> Result<(), HostError> {
+    let reg = libc::xdp_umem_reg {
+        addr: memory.base().as_ptr() as u64,
+        len: memory.len_bytes(),
+        chunk_size: CHUNK_BYTES as u32,
+        headroom: layout.headroom(),
+        flags: libc::XDP_UMEM_UNALIGNED_CHUNK_FLAG,
+        tx_metadata_len: 0,
+    };
+    let mib = memory.len_bytes() >> 20;
+    set_option(fd, libc::XDP_UMEM_REG, &reg, &format!("cannot register {mib} MiB of guest memory as a UMEM"), |errno| {
+        match errno {
+            libc::ENOBUFS => {
+                "the memlock limit is too small: raise it above the guest's memory (ulimit -l, LimitMEMLOCK=) \
+                 or leave CAP_IPC_LOCK to mpassthru"
+            }
+            libc::EFAULT => "memory on a disk file cannot be pinned: use memfd, hugetlbfs or POSIX shared memory",
+            libc::ENOMEM => "not enough free memory to pin all of the guest: give it less, or free some",
+            _ => "this kernel does not take unaligned chunks (Linux 5.4 or later does)",
+        }
+    })
+}
+
+fn bind_queue(fd: RawFd, umem_of: Option<&SharedFd>, params: &SocketParams) -> Result<(), Error> {
+    let guard = umem_of.map(|fd| fd.lock().unwrap_or_else(PoisonError::into_inner));
+    let owner = match &guard {
+        Some(guard) => {
+            Some(guard.as_ref().ok_or_else(|| Error::Refused("the shared UMEM's socket was closed".into()))?)
+        }
+        None => None,
+    };
+    let mode = match params.mode {
+        BindMode::Copy => libc::XDP_COPY,
+        BindMode::ZeroCopy => libc::XDP_ZEROCOPY,
+    };
+    let address = libc::sockaddr_xdp {
+        sxdp_family: libc::AF_XDP as u16,
+        // A shared UMEM brings its flags along; passing others is EINVAL (net/xdp/xsk.c: xsk_bind).
+        sxdp_flags: if owner.is_some() { libc::XDP_SHARED_UMEM } else { mode | libc::XDP_USE_NEED_WAKEUP },
+        sxdp_ifindex: params.ifindex,
+        sxdp_queue_id: params.queue_id,
+        sxdp_shared_umem_fd: owner.map_or(0, |fd| fd.as_raw_fd() as u32),
+    };
+    let deadline = Instant::now() + BIND_DEADLINE;
+    loop {
+        let len = size_of_val(&address) as libc::socklen_t;
+        // SAFETY: `address` is a sockaddr_xdp and `len` its size.
+        if unsafe { libc::bind(fd, (&raw const address).cast(), len) } == 0 {
+            return Ok(());
+        }
+        let what = format!("cannot bind AF_XDP socket to interface {} queue {}", params.ifindex, params.queue_id);
+        let error = HostError::last(what, |errno| bind_advice(errno, params.mode));
+        if error.errno != libc::EBUSY || Instant::now() >= deadline {
+            return Err(error.into());
+        }
+        std::thread::sleep(BIND_RETRY);
+    }
+}
+
+fn bind_advice(errno: i32, mode: BindMode) -> &'static str {
+    match (errno, mode) {
+        (libc::EBUSY, _) => "another AF_XDP socket owns this queue: stop its program or take another queue",
+        (libc::ENODEV, _) => "the interface is gone or the socket was made in another network namespace",
+        (libc::ENETDOWN, _) => "bring the interface up",
+        (libc::ENOMEM, _) => {
+            "not enough kernel memory for the pool (136 bytes per 4 KiB of guest memory): give it less"
+        }
+        (libc::EINVAL, BindMode::ZeroCopy) => "no such queue, or the MTU is too large for zero-copy",
+        (libc::EINVAL, BindMode::Copy) => "the interface has no such queue",
+        (libc::ENOTSUP, BindMode::ZeroCopy) => "the driver has no zero-copy support: use copy mode",
+        _ => "see the kernel's log",
+    }
+}
+
+fn bound_mode(fd: RawFd) -> Result<BindMode, HostError> {
+    let options: libc::xdp_options = get_option(fd, libc::XDP_OPTIONS)?;
+    Ok(if options.flags & libc::XDP_OPTIONS_ZEROCOPY != 0 { BindMode::ZeroCopy } else { BindMode::Copy })
+}
+
+/// Packets of several descriptors came with Linux 6.6; before, the option bit made a descriptor invalid. In zero-copy
+/// mode each driver has its own limit; one piece is right for all.
+fn tx_pieces_max(mode: BindMode) -> usize {
+    if mode == BindMode::Copy && kernel_version() >= (6, 6) { TX_PIECES_COPY_MODE } else { 1 }
+}
+
+fn kernel_version() -> (u32, u32) {
+    let mut name = MaybeUninit::<libc::utsname>::zeroed();
+    // SAFETY: `name` is valid for writes of its type, and all-zero bytes are a valid utsname if the call fails.
+    let name = unsafe {
+        libc::uname(name.as_mut_ptr());
+        name.assume_init()
+    };
+    let release: String = name.release.iter().take_while(|&&c| c != 0).map(|&c| c as u8 as char).collect();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse().ok());
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+fn set_option<T>(
+    fd: RawFd,
+    option: i32,
+    value: &T,
+    attempted: &str,
+    advice: impl FnOnce(i32) -> &'static str,
+) -> Result<(), HostError> {
+    let len = size_of::<T>() as libc::socklen_t;
+    // SAFETY: `value` is valid for reads of `len` bytes.
+    let failed = unsafe { libc::setsockopt(fd, libc::SOL_XDP, option, (&raw const *value).cast::<c_void>(), len) };
+    if failed == 0 { Ok(()) } else { Err(HostError::last(attempted, advice)) }
+}
+
+fn get_option<T: Copy>(fd: RawFd, option: i32) -> Result<T, HostError> {
+    let mut value = MaybeUninit::<T>::zeroed();
+    let mut len = size_of::<T>() as libc::socklen_t;
+    // SAFETY: `value` is valid for writes of `len` bytes; T is one of the kernel's plain structures, for which zeros
+    // are valid where the kernel writes less.
+    let failed = unsafe { libc::getsockopt(fd, libc::SOL_XDP, option, value.as_mut_ptr().cast(), &raw mut len) };
+    if failed != 0 {
+        return Err(HostError::last(
+            format!("cannot read AF_XDP socket option {option}"),
+            |_| "Linux 5.9 or later is needed",
+        ));
+    }
+    // SAFETY: filled in by the kernel, zero elsewhere.
+    Ok(unsafe { value.assume_init() })
+}
