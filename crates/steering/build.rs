@@ -13,18 +13,14 @@ fn main() {
     let out_dir = env::var("OUT_DIR").expect("cargo sets OUT_DIR");
     let status = Command::new(&clang)
         // -g makes the BTF that describes the maps; the kernel need not have any of its own.
-        .args([
-            "-target", "bpf", "-mcpu=v2", "-O2", "-g", "-Wall", "-Wextra", "-Werror",
-        ])
+        .args(["-target", "bpf", "-mcpu=v2", "-O2", "-g", "-Wall", "-Wextra", "-Werror"])
         .args(asm_include_dir().map(|dir| format!("-I{}", dir.display())))
         .args(["-c", SOURCE, "-o"])
         .arg(Path::new(&out_dir).join("steer.bpf.o"))
         .status();
     match status {
         Ok(status) if status.success() => {}
-        Ok(status) => panic!(
-            "{clang} could not compile {SOURCE} ({status}); it needs the Debian package libbpf-dev"
-        ),
+        Ok(status) => panic!("{clang} could not compile {SOURCE} ({status}); it needs the Debian package libbpf-dev"),
         Err(error) => {
             panic!("cannot run {clang} ({error}); install the Debian package clang, or set CLANG")
         }

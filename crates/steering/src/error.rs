@@ -15,10 +15,7 @@ impl SteeringError {
     /// `operation` says what was attempted and on what ("attach the XDP program to eth0"), `advice` what to try.
     pub(crate) fn new(errno: i32, operation: &str, advice: &str) -> Self {
         let name = errno_name(errno);
-        Self {
-            errno,
-            message: format!("cannot {operation} ({name}): {advice}"),
-        }
+        Self { errno, message: format!("cannot {operation} ({name}): {advice}") }
     }
 
     /// The errno of the refused call, for an `OSError`.
@@ -31,10 +28,7 @@ impl SteeringError {
 pub(crate) fn errno_of(error: &(dyn Error + 'static)) -> i32 {
     let mut cause = Some(error);
     while let Some(error) = cause {
-        if let Some(errno) = error
-            .downcast_ref::<io::Error>()
-            .and_then(io::Error::raw_os_error)
-        {
+        if let Some(errno) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
             return errno;
         }
         cause = error.source();
@@ -43,9 +37,7 @@ pub(crate) fn errno_of(error: &(dyn Error + 'static)) -> i32 {
 }
 
 pub(crate) fn last_errno() -> i32 {
-    io::Error::last_os_error()
-        .raw_os_error()
-        .unwrap_or(libc::EINVAL)
+    io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL)
 }
 
 /// The names of the errors that the calls of this crate can end with.
@@ -66,7 +58,6 @@ fn errno_name(errno: i32) -> String {
         libc::ENOSPC => "ENOSPC",
         libc::ERANGE => "ERANGE",
         libc::ENOTSOCK => "ENOTSOCK",
-        libc::EPROTOTYPE => "EPROTOTYPE",
         libc::ENOPROTOOPT => "ENOPROTOOPT",
         libc::EOPNOTSUPP => "EOPNOTSUPP",
         libc::ENOBUFS => "ENOBUFS",
@@ -81,15 +72,8 @@ mod tests {
 
     #[test]
     fn message_names_operation_errno_and_advice() {
-        let error = SteeringError::new(
-            libc::EBUSY,
-            "attach the XDP program to eth0",
-            "detach program 7",
-        );
-        assert_eq!(
-            error.to_string(),
-            "cannot attach the XDP program to eth0 (EBUSY): detach program 7"
-        );
+        let error = SteeringError::new(libc::EBUSY, "attach the XDP program to eth0", "detach program 7");
+        assert_eq!(error.to_string(), "cannot attach the XDP program to eth0 (EBUSY): detach program 7");
         assert_eq!(error.errno(), libc::EBUSY);
     }
 
@@ -98,10 +82,7 @@ mod tests {
         #[derive(Debug, thiserror::Error)]
         #[error("outer")]
         struct Outer(#[source] io::Error);
-        assert_eq!(
-            errno_of(&Outer(io::Error::from_raw_os_error(libc::EPERM))),
-            libc::EPERM
-        );
+        assert_eq!(errno_of(&Outer(io::Error::from_raw_os_error(libc::EPERM))), libc::EPERM);
         assert_eq!(errno_of(&Outer(io::Error::other("no errno"))), libc::EINVAL);
     }
 }

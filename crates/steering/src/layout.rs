@@ -29,11 +29,7 @@ impl Steer {
     pub(crate) fn to_config(self) -> QueueConfig {
         match self {
             Steer::Passthru => [1, 0, 0, 0, 0, 0, 0, 0],
-            Steer::Mac {
-                mac,
-                broadcast,
-                multicast,
-            } => {
+            Steer::Mac { mac, broadcast, multicast } => {
                 let flags = u8::from(broadcast) | u8::from(multicast) << 1;
                 let [a, b, c, d, e, f] = mac;
                 [2, flags, a, b, c, d, e, f]
@@ -58,14 +54,11 @@ pub struct QueueCounters {
 
 impl QueueCounters {
     pub(crate) fn sum<'a>(cpus: impl IntoIterator<Item = &'a CpuCounters>) -> Self {
-        cpus.into_iter().fold(
-            Self::default(),
-            |sum, [redirected, passed, dropped_no_guest]| Self {
-                redirected: sum.redirected + redirected,
-                passed: sum.passed + passed,
-                dropped_no_guest: sum.dropped_no_guest + dropped_no_guest,
-            },
-        )
+        cpus.into_iter().fold(Self::default(), |sum, [redirected, passed, dropped_no_guest]| Self {
+            redirected: sum.redirected + redirected,
+            passed: sum.passed + passed,
+            dropped_no_guest: sum.dropped_no_guest + dropped_no_guest,
+        })
     }
 }
 
@@ -75,17 +68,9 @@ mod tests {
 
     #[test]
     fn mac_config_has_state_flags_and_address_in_wire_order() {
-        let steer = Steer::Mac {
-            mac: [2, 3, 4, 5, 6, 7],
-            broadcast: true,
-            multicast: false,
-        };
+        let steer = Steer::Mac { mac: [2, 3, 4, 5, 6, 7], broadcast: true, multicast: false };
         assert_eq!(steer.to_config(), [2, 1, 2, 3, 4, 5, 6, 7]);
-        let steer = Steer::Mac {
-            mac: [2, 3, 4, 5, 6, 7],
-            broadcast: false,
-            multicast: true,
-        };
+        let steer = Steer::Mac { mac: [2, 3, 4, 5, 6, 7], broadcast: false, multicast: true };
         assert_eq!(steer.to_config()[1], 2);
     }
 
@@ -97,13 +82,6 @@ mod tests {
     #[test]
     fn counters_sum_over_cpus() {
         let sum = QueueCounters::sum(&[[1, 2, 3], [10, 20, 30]]);
-        assert_eq!(
-            sum,
-            QueueCounters {
-                redirected: 11,
-                passed: 22,
-                dropped_no_guest: 33
-            }
-        );
+        assert_eq!(sum, QueueCounters { redirected: 11, passed: 22, dropped_no_guest: 33 });
     }
 }

@@ -54,11 +54,7 @@ impl XdpLink {
     ///
     /// # Errors
     /// The errno of `BPF_LINK_CREATE`; EBUSY or EEXIST if an XDP program is there.
-    pub(crate) fn create(
-        program: BorrowedFd<'_>,
-        ifindex: u32,
-        mode: XdpMode,
-    ) -> Result<Self, i32> {
+    pub(crate) fn create(program: BorrowedFd<'_>, ifindex: u32, mode: XdpMode) -> Result<Self, i32> {
         let attr = LinkCreate {
             prog_fd: program.as_raw_fd().cast_unsigned(),
             target_ifindex: ifindex,
@@ -75,9 +71,7 @@ impl XdpLink {
     /// # Errors
     /// The errno of `BPF_LINK_DETACH`.
     pub(crate) fn detach(self) -> Result<(), i32> {
-        let attr = LinkDetach {
-            link_fd: self.0.as_raw_fd().cast_unsigned(),
-        };
+        let attr = LinkDetach { link_fd: self.0.as_raw_fd().cast_unsigned() };
         bpf(BPF_LINK_DETACH, &attr).map(|_| ())
     }
 }
@@ -85,18 +79,7 @@ impl XdpLink {
 fn bpf<T>(command: libc::c_long, attr: &T) -> Result<i32, i32> {
     // SAFETY: `attr` is a live `#[repr(C)]` prefix of union bpf_attr, its size is passed along, and neither of the two
     // commands writes to it.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_ref(attr),
-            size_of::<T>(),
-        )
-    };
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
     // A descriptor or 0 fits an int: the system call's result is one.
-    if result < 0 {
-        Err(last_errno())
-    } else {
-        Ok(result as i32)
-    }
+    if result < 0 { Err(last_errno()) } else { Ok(result as i32) }
 }

@@ -38,16 +38,10 @@ impl SteeringProgram {
     /// CAP_NET_ADMIN, EOPNOTSUPP if the driver has no native XDP, ENODEV if there is no such interface.
     pub fn attach(ifindex: u32, mode: XdpMode, queue_count: u32) -> Result<Self, SteeringError> {
         let ifname = interface_name(ifindex)?;
-        let (program, maps) =
-            load(queue_count).map_err(|error| load_error(&ifname, error.as_ref()))?;
+        let (program, maps) = load(queue_count).map_err(|error| load_error(&ifname, error.as_ref()))?;
         let link = XdpLink::create(program.as_fd(), ifindex, mode)
             .map_err(|errno| attach_error(&ifname, ifindex, mode, errno))?;
-        Ok(Self {
-            ifname,
-            link,
-            maps,
-            claimed: BTreeMap::new(),
-        })
+        Ok(Self { ifname, link, maps, claimed: BTreeMap::new() })
     }
 
     /// Claims a queue, or changes how a claimed one is steered. Counters start at zero when a queue is claimed.
@@ -58,14 +52,9 @@ impl SteeringProgram {
         let operation = self.operation("steer", queue_id);
         self.check_queue(queue_id, &operation)?;
         if !self.claimed.contains_key(&queue_id) {
-            self.maps
-                .clear_counters(queue_id)
-                .map_err(|error| map_error(&operation, &error))?;
+            self.maps.clear_counters(queue_id).map_err(|error| map_error(&operation, &error))?;
         }
-        self.maps
-            .queues
-            .set(queue_id, steer.to_config(), 0)
-            .map_err(|error| map_error(&operation, &error))?;
+        self.maps.queues.set(queue_id, steer.to_config(), 0).map_err(|error| map_error(&operation, &error))?;
         self.claimed.insert(queue_id, steer);
         Ok(())
     }
@@ -77,14 +66,8 @@ impl SteeringProgram {
     pub fn release_queue(&mut self, queue_id: u32) -> Result<(), SteeringError> {
         let operation = self.operation("release", queue_id);
         self.check_queue(queue_id, &operation)?;
-        self.maps
-            .queues
-            .set(queue_id, UNCLAIMED, 0)
-            .map_err(|error| map_error(&operation, &error))?;
-        self.maps
-            .sockets
-            .unset(queue_id)
-            .map_err(|error| map_error(&operation, &error))?;
+        self.maps.queues.set(queue_id, UNCLAIMED, 0).map_err(|error| map_error(&operation, &error))?;
+        self.maps.sockets.unset(queue_id).map_err(|error| map_error(&operation, &error))?;
         self.claimed.remove(&queue_id);
         Ok(())
     }
@@ -92,19 +75,12 @@ impl SteeringProgram {
     /// Puts an AF_XDP socket into the queue's slot; the kernel empties the slot when the socket is closed.
     ///
     /// # Errors
-    /// EOPNOTSUPP if the socket has no UMEM and rings yet, ENOTSOCK or EPROTOTYPE if it is no AF_XDP socket, EINVAL if
-    /// the interface has no such queue.
-    pub fn set_socket(
-        &mut self,
-        queue_id: u32,
-        socket: BorrowedFd<'_>,
-    ) -> Result<(), SteeringError> {
+    /// ENOTSOCK or EOPNOTSUPP if it is no AF_XDP socket, EINVAL if the interface has no such queue. Linux 6.18 takes a
+    /// socket that is not bound yet, and loses its frames without a counter: bind first.
+    pub fn set_socket(&mut self, queue_id: u32, socket: BorrowedFd<'_>) -> Result<(), SteeringError> {
         let operation = self.operation("put an AF_XDP socket on", queue_id);
         self.check_queue(queue_id, &operation)?;
-        self.maps
-            .sockets
-            .set(queue_id, socket.as_raw_fd(), 0)
-            .map_err(|error| map_error(&operation, &error))
+        self.maps.sockets.set(queue_id, socket.as_raw_fd(), 0).map_err(|error| map_error(&operation, &error))
     }
 
     /// Empties the queue's slot: frames for the guest are dropped from now on.
@@ -114,10 +90,7 @@ impl SteeringProgram {
     pub fn clear_socket(&mut self, queue_id: u32) -> Result<(), SteeringError> {
         let operation = self.operation("take the AF_XDP socket off", queue_id);
         self.check_queue(queue_id, &operation)?;
-        self.maps
-            .sockets
-            .unset(queue_id)
-            .map_err(|error| map_error(&operation, &error))
+        self.maps.sockets.unset(queue_id).map_err(|error| map_error(&operation, &error))
     }
 
     /// What became of the frames of each claimed queue.
@@ -128,9 +101,11 @@ impl SteeringProgram {
         self.claimed
             .keys()
             .map(|&queue_id| {
-                let cpus = self.maps.counters.get(&queue_id, 0).map_err(|error| {
-                    map_error(&self.operation("read the counters of", queue_id), &error)
-                })?;
+                let cpus = self
+                    .maps
+                    .counters
+                    .get(&queue_id, 0)
+                    .map_err(|error| map_error(&self.operation("read the counters of", queue_id), &error))?;
                 Ok((queue_id, QueueCounters::sum(cpus.iter())))
             })
             .collect()
@@ -143,11 +118,7 @@ impl SteeringProgram {
     pub fn detach(self) -> Result<(), SteeringError> {
         self.link.detach().map_err(|errno| {
             let operation = format!("take the XDP program off {}", self.ifname);
-            SteeringError::new(
-                errno,
-                &operation,
-                "end the process: the program goes with it",
-            )
+            SteeringError::new(errno, &operation, "end the process: the program goes with it")
         })
     }
 
@@ -181,15 +152,10 @@ fn load(queue_count: u32) -> Result<(ProgramFd, Maps), Box<dyn Error>> {
         .map_max_entries("queues", queue_count)
         .map_max_entries("counters", queue_count)
         .load(OBJECT)?;
-    let program: &mut Xdp = object
-        .program_mut("steer")
-        .ok_or("no program named steer")?
-        .try_into()?;
+    let program: &mut Xdp = object.program_mut("steer").ok_or("no program named steer")?.try_into()?;
     program.load()?;
     let program = program.fd()?.try_clone()?;
-    let mut take = |name: &str| -> Result<Map, String> {
-        object.take_map(name).ok_or(format!("no map named {name}"))
-    };
+    let mut take = |name: &str| -> Result<Map, String> { object.take_map(name).ok_or(format!("no map named {name}")) };
     let maps = Maps {
         sockets: take("xsks")?.try_into()?,
         queues: take("queues")?.try_into()?,
@@ -203,35 +169,27 @@ fn interface_name(ifindex: u32) -> Result<String, SteeringError> {
     // SAFETY: the buffer has the IF_NAMESIZE bytes that if_indextoname may write.
     if unsafe { libc::if_indextoname(ifindex, name.as_mut_ptr()) }.is_null() {
         let operation = format!("find the interface with index {ifindex}");
-        return Err(SteeringError::new(
-            libc::ENODEV,
-            &operation,
-            "it is gone, or is in another network namespace",
-        ));
+        return Err(SteeringError::new(libc::ENODEV, &operation, "it is gone, or is in another network namespace"));
     }
     // SAFETY: if_indextoname succeeded and ended the name with a NUL inside the buffer.
-    Ok(unsafe { CStr::from_ptr(name.as_ptr()) }
-        .to_string_lossy()
-        .into_owned())
+    Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
 }
 
 fn load_error(ifname: &str, error: &(dyn Error + 'static)) -> SteeringError {
     let advice = match errno_of(error) {
-        libc::EPERM | libc::EACCES => {
-            "run as root, or give the process CAP_BPF and CAP_NET_ADMIN".to_owned()
-        }
+        libc::EPERM | libc::EACCES => "run as root, or give the process CAP_BPF and CAP_NET_ADMIN".to_owned(),
         libc::ENOMEM => "the kernel has no memory left for the maps".to_owned(),
-        // A verifier log has many lines; the first says which check failed.
-        _ => format!(
-            "{}; Linux 5.11 or later is needed",
-            error.to_string().lines().next().unwrap_or_default()
-        ),
+        _ => format!("{}; Linux 5.11 or later is needed", root_cause(error)),
     };
-    SteeringError::new(
-        errno_of(error),
-        &format!("load the XDP program for {ifname}"),
-        &advice,
-    )
+    SteeringError::new(errno_of(error), &format!("load the XDP program for {ifname}"), &advice)
+}
+
+/// The first line of the innermost error: what the kernel or the ELF loader said.
+fn root_cause(mut error: &(dyn Error + 'static)) -> String {
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 fn attach_error(ifname: &str, ifindex: u32, mode: XdpMode, errno: i32) -> SteeringError {
@@ -246,24 +204,18 @@ fn attach_error(ifname: &str, ifindex: u32, mode: XdpMode, errno: i32) -> Steeri
         }
         _ => "see the kernel log".to_owned(),
     };
-    SteeringError::new(
-        errno,
-        &format!("attach the XDP program to {ifname}"),
-        &advice,
-    )
+    SteeringError::new(errno, &format!("attach the XDP program to {ifname}"), &advice)
 }
 
 fn occupied_advice(ifname: &str, ifindex: u32) -> String {
     match attached_program(ifindex) {
         Ok(Some(program)) => format!(
-            "XDP program id {} is attached there ({} mode); stop what put it there, or 'ip link set dev {ifname} xdp off'",
+            "XDP program id {} is attached there ({} mode); end the process that holds it, or, if none does, \
+             'ip link set dev {ifname} xdp off'",
             program.id,
             program.mode_name()
         ),
-        Ok(None) => {
-            "a bond or bridge above it may have an XDP program; try again, or detach that one"
-                .to_owned()
-        }
+        Ok(None) => "a bond or bridge above it may have an XDP program; try again, or detach that one".to_owned(),
         Err(errno) => {
             format!("an XDP program is attached there (asking which failed with errno {errno})")
         }
@@ -273,8 +225,9 @@ fn occupied_advice(ifname: &str, ifindex: u32) -> String {
 fn map_error(operation: &str, error: &MapError) -> SteeringError {
     let errno = errno_of(error);
     let advice = match errno {
-        libc::EOPNOTSUPP => "give the socket a UMEM, a fill ring and an rx ring first",
-        libc::ENOTSOCK | libc::EPROTOTYPE | libc::EBADF => "the descriptor is not an AF_XDP socket",
+        libc::EOPNOTSUPP | libc::ENOTSOCK | libc::EBADF => {
+            "the descriptor is not an AF_XDP socket with a UMEM and rings"
+        }
         libc::EPERM => "keep CAP_BPF and CAP_NET_ADMIN while the program is attached",
         _ => "see the kernel log",
     };

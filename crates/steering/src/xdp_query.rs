@@ -36,14 +36,11 @@ impl AttachedProgram {
 /// The errno of the netlink exchange.
 pub(crate) fn attached_program(ifindex: u32) -> Result<Option<AttachedProgram>, i32> {
     let reply = request_link(ifindex)?;
-    if reply.len() < NLMSG_HEADER_BYTES + IFINFOMSG_BYTES || u16_at(&reply, 4) != libc::RTM_NEWLINK
-    {
+    if reply.len() < NLMSG_HEADER_BYTES + IFINFOMSG_BYTES || u16_at(&reply, 4) != libc::RTM_NEWLINK {
         return Err(libc::ENODEV);
     }
     let length = (u32_at(&reply, 0) as usize).min(reply.len());
-    Ok(parse_attributes(
-        &reply[NLMSG_HEADER_BYTES + IFINFOMSG_BYTES..length],
-    ))
+    Ok(parse_attributes(&reply[NLMSG_HEADER_BYTES + IFINFOMSG_BYTES..length]))
 }
 
 /// Sends RTM_GETLINK for one interface and returns the answering datagram.
@@ -58,40 +55,19 @@ fn request_link(ifindex: u32) -> Result<Vec<u8>, i32> {
     request.extend([0; 8]); // ifi_flags, ifi_change
 
     // SAFETY: no pointers are passed; the result is checked before it is owned.
-    let fd = unsafe {
-        libc::socket(
-            libc::AF_NETLINK,
-            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-            libc::NETLINK_ROUTE,
-        )
-    };
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_ROUTE) };
     if fd < 0 {
         return Err(last_errno());
     }
     // SAFETY: socket() returned a new descriptor that nobody else owns.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     // SAFETY: the buffer is live and its own length is passed.
-    if unsafe {
-        libc::send(
-            socket.as_raw_fd(),
-            request.as_ptr().cast(),
-            request.len(),
-            0,
-        )
-    } < 0
-    {
+    if unsafe { libc::send(socket.as_raw_fd(), request.as_ptr().cast(), request.len(), 0) } < 0 {
         return Err(last_errno());
     }
     let mut reply = vec![0_u8; 64 * 1024]; // an interface with many virtual functions has a long answer
     // SAFETY: the buffer is live, writable, and its own length is passed.
-    let received = unsafe {
-        libc::recv(
-            socket.as_raw_fd(),
-            reply.as_mut_ptr().cast(),
-            reply.len(),
-            0,
-        )
-    };
+    let received = unsafe { libc::recv(socket.as_raw_fd(), reply.as_mut_ptr().cast(), reply.len(), 0) };
     reply.truncate(usize::try_from(received).map_err(|_| last_errno())?);
     Ok(reply)
 }
@@ -145,16 +121,8 @@ mod tests {
 
     #[test]
     fn program_is_found_among_other_attributes() {
-        let nested = [
-            attribute(IFLA_XDP_ATTACHED, &[2]),
-            attribute(IFLA_XDP_PROG_ID, &77_u32.to_ne_bytes()),
-        ]
-        .concat();
-        let link = [
-            attribute(3, b"veth0\0"),
-            attribute(IFLA_XDP | 0x8000, &nested),
-        ]
-        .concat();
+        let nested = [attribute(IFLA_XDP_ATTACHED, &[2]), attribute(IFLA_XDP_PROG_ID, &77_u32.to_ne_bytes())].concat();
+        let link = [attribute(3, b"veth0\0"), attribute(IFLA_XDP | 0x8000, &nested)].concat();
         let program = parse_attributes(&link).unwrap();
         assert_eq!((program.id, program.mode_name()), (77, "generic"));
     }
