@@ -123,7 +123,7 @@ def test_passthru_delivers_every_size_byte_for_byte(
             assert guest.receive() == frame
 
 
-@pytest.mark.parametrize(("broadcast", "multicast"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("groups", [(True, True), (True, False), (False, True), (False, False)])
 def test_mac_gives_the_guest_its_own_frames_and_the_chosen_groups_only(
     program: SteeringProgram,
     veth: Namespace,
