@@ -140,6 +140,8 @@ class Notice(_Message, frozen=True):
     """Something worth a line for the user that stopped nothing."""
 
     text: str
+    trouble: bool = False
+    """Something failed, such as a message of the front-end that was refused."""
 
 
 class WorkerReport(_Message, frozen=True):

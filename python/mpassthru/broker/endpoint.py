@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
 import socket
 import stat
 from pathlib import Path
@@ -106,14 +105,7 @@ class InheritedEndpoint:
     """
 
     def __init__(self, fd: int) -> None:
-        try:
-            self._sock: socket.socket | None = socket.socket(fileno=fd)
-        except OSError as error:
-            raise RefusedError(f"cannot use fd {fd} ({error.strerror}): pass an open socket to --fd") from error
-        if self._sock.family != socket.AF_UNIX or self._sock.type != socket.SOCK_STREAM:
-            raise RefusedError(f"cannot use fd {fd}: it is not a Unix stream socket")
-        self._sock.setblocking(False)
-        os.set_inheritable(fd, False)
+        self._sock: socket.socket | None = _adopt(fd)
         self.single = not self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
 
     async def next_connection(self) -> socket.socket | None:
@@ -130,6 +122,19 @@ class InheritedEndpoint:
         """Close the socket if it was not given out."""
         if self._sock is not None:
             self._sock.close()
+
+
+def _adopt(fd: int) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise RefusedError(f"cannot use fd {fd} ({error.strerror}): pass an open socket to --fd") from error
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        sock.close()
+        raise RefusedError(f"cannot use fd {fd}: it is not a Unix stream socket")
+    sock.set_inheritable(False)
+    sock.setblocking(False)
+    return sock
 
 
 def _bind(path: Path) -> socket.socket:

@@ -52,7 +52,7 @@ class Port:
         once: End after one front-end, or when the worker dies.
         say: Called with one line for each thing the user should know.
         start_worker: Makes a worker process; tests pass their own.
-        new_socket: Makes an AF_XDP socket for the interface; tests pass their own.
+        new_socket: Makes an AF_XDP socket; tests pass their own.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Port:
         say: Say,
         once: bool = False,
         start_worker: Callable[[], WorkerProcess] = WorkerProcess,
-        new_socket: Callable[[str], socket.socket] = create_socket,
+        new_socket: Callable[[], socket.socket] = create_socket,
     ) -> None:
         self.status = PortStatus()
         self._configuration = configuration
@@ -129,6 +129,10 @@ class Port:
             self._worker = worker
             await asyncio.wait({reading, feeding, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._let_worker_end(worker, reading, feeding)
+        except BaseException:
+            worker.kill()
+            await worker.end()
+            raise
         finally:
             self._worker = None
             for task in (reading, feeding, stopping):
@@ -198,8 +202,8 @@ class Port:
             case control.Fault(vring=vring, kind=kind, error=error):
                 self.status.faults += 1
                 self._trouble(f"virtqueue {vring} stopped ({kind}): {printable(error)}")
-            case control.Notice(text=text):
-                self._say(printable(text))
+            case control.Notice(text=text, trouble=trouble):
+                (self._trouble if trouble else self._say)(printable(text))
             case control.WorkerReport(rx=rx, tx=tx):
                 self.status.worker_reported(_checked(rx), _checked(tx))
                 self._reported.set()
@@ -208,7 +212,7 @@ class Port:
         self._queue_id(queue_pair)
         self._forget_socket(queue_pair)
         try:
-            sock = self._new_socket(self._configuration.interface)
+            sock = self._new_socket()
         except HostError as error:
             worker.channel.send(control.SocketRefused(queue_pair=queue_pair, errno=error.errno or 0, error=str(error)))
             return

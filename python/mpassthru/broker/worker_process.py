@@ -84,7 +84,7 @@ class WorkerProcess:
         self._process.wait()
 
     async def end(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
-        """Wait `timeout_s` for the process to end by itself, then kill it. The channel is closed."""
+        """Wait `timeout_s` for the process to end by itself, then kill it. The channel is closed. May be repeated."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.wait(), timeout_s)
         self.kill()

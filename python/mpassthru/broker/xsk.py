@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 from typing import Final
 
-from mpassthru.errors import HostError
+from mpassthru.netdev.af_xdp import open_xsk_socket
 
-AF_XDP: Final = 44
-_SO_SNDBUFFORCE: Final = 32
 SEND_BUFFER_BYTES: Final = 16 << 20
 """Bytes of frames that may be on their way in copy mode; the default is about 92 full frames (truesize 2304)."""
+_SO_SNDBUFFORCE: Final = 32
 
 
-def create_socket(interface: str) -> socket.socket:
-    """Create an AF_XDP socket in the current network namespace.
-
-    Args:
-        interface: Only for the message.
+def create_socket() -> socket.socket:
+    """Create an AF_XDP socket in the current network namespace, with room for many frames on their way.
 
     Raises:
         HostError: EPERM without CAP_NET_RAW; EAFNOSUPPORT if the kernel has no AF_XDP.
     """
-    try:
-        sock = socket.socket(AF_XDP, socket.SOCK_RAW | socket.SOCK_CLOEXEC)
-    except OSError as error:
-        number = error.errno or 0
-        advice = {
-            errno.EPERM: "run as root or give CAP_NET_RAW",
-            errno.EAFNOSUPPORT: "the kernel needs CONFIG_XDP_SOCKETS",
-        }.get(number, "see mpassthru doctor")
-        raise HostError(
-            number, f"cannot create an AF_XDP socket for {interface} ({error.strerror}): {advice}"
-        ) from error
+    sock = open_xsk_socket()
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
     except PermissionError:

@@ -1,1 +1,1 @@
-"""."""
+"""The `mpassthru` command: one file per noun."""

@@ -17,7 +17,8 @@ from typing import Final
 from mpassthru import _core
 from mpassthru.control import Configure
 from mpassthru.errors import HostError, RefusedError
-from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature, Vring
+from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature
+from mpassthru.vhost_user.device import Vring
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.privileges import CAP_IPC_LOCK, effective_capabilities
 from mpassthru.worker.socket_client import SocketClient
@@ -83,13 +84,11 @@ class PortDevice:
         self._configuration = configuration
         self._on_running = on_running
         self._notice = notice
-        self._driver_features = 0
         self._running: set[int] = set()
         self._attaching = [asyncio.Lock() for _ in configuration.queue_ids]
 
     async def set_features(self, features: int) -> None:
-        """Take the negotiated features; virtqueues started from now on have them."""
-        self._driver_features = features
+        """Nothing to do: each virtqueue brings the features it runs with."""
 
     async def map_memory(self, regions: Sequence[MemoryRegion]) -> None:
         """Replace the guest's memory; sockets are closed first, for they pin the old one.
@@ -121,6 +120,8 @@ class PortDevice:
             QueueFault: the rings are not in guest memory.
         """
         await self._attach_socket(index // 2)
+        first = not self._running
+        self._running.add(index)  # before the engine knows of it: a start that is cancelled is followed by a stop
         await self._engine.start_vring(
             index,
             _core.VringConfig(
@@ -129,19 +130,20 @@ class PortDevice:
                 desc_user_address=vring.desc_user_address,
                 avail_user_address=vring.avail_user_address,
                 used_user_address=vring.used_user_address,
-                features=self._driver_features,
+                features=vring.features,
                 enabled=vring.enabled,
                 kick_fd=vring.kick_fd,
                 call_fd=vring.call_fd,
                 err_fd=vring.err_fd,
             ),
         )
-        if not self._running:
+        if first:
             self._on_running()
-        self._running.add(index)
 
     async def stop_vring(self, index: int) -> int:
         """Stop a virtqueue; its base is returned when every buffer has come back."""
+        if index not in self._running:
+            return 0  # its start was cancelled before the engine heard of it
         attached = self._engine.socket_attached(index // 2)
         self._running.discard(index)
         base = await self._engine.stop_vring(index)

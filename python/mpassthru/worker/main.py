@@ -7,6 +7,7 @@ Privileges are given up between the broker's configuration and `Ready`; the brok
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from mpassthru import control
 from mpassthru.control import BrokerMessage, Configure, ControlChannel, ControlError, WorkerMessage, close_fds
 from mpassthru.errors import MpassthruError
 from mpassthru.report import DirectionReport
-from mpassthru.vhost_user import Connection, serve
+from mpassthru.vhost_user import Backend
 from mpassthru.worker import privileges
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.device import PortDevice
@@ -47,12 +48,17 @@ class Worker:
         engine: Engine,
     ) -> None:
         self._channel = channel
-        self._configuration = configuration
         self._engine = AsyncEngine(engine, self._on_trouble)
         self._sockets = SocketClient(channel)
-        self._session: asyncio.Task[None] | None = None
-        self._background: set[asyncio.Task[None]] = set()
-        self._device: PortDevice | None = None
+        self._device = PortDevice(
+            self._engine,
+            self._sockets,
+            configuration,
+            on_running=lambda: self._tell_state("running"),
+            notice=self._notice,
+        )
+        self._backend = Backend(self._device)
+        self._serving: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Answer the broker until it says stop or closes its end; then give everything back.
@@ -60,58 +66,52 @@ class Worker:
         Raises:
             ControlError: the broker is gone, or sent nonsense.
         """
-        self._channel.send(control.Ready())
         try:
-            while (received := await self._channel.receive()) is not None:
-                message, fds = received
-                if isinstance(message, control.Stop):
-                    break
-                self._act_on(message, fds)
+            async with asyncio.TaskGroup() as self._tasks:
+                await self._answer()
+                if self._serving is not None:
+                    self._serving.cancel()
+        except* ControlError as errors:
+            raise errors.exceptions[0] from None
         finally:
-            await self._end_session()
             with suppress(ControlError):  # a broker that was killed wants no last report
                 self._report()
             self._engine.close()
 
-    def _act_on(self, message: BrokerMessage, fds: list[int]) -> None:
-        match message:
-            case control.FrontendConnected():
-                self._session = asyncio.create_task(self._serve(socket.socket(fileno=fds[0])))
-            case control.SocketGranted() | control.SocketSteered() | control.SocketRefused():
-                self._sockets.answered(message, fds)
-            case control.ReportWanted():
-                self._report()
-            case _:
-                close_fds(fds)
-                raise ControlError(f"unexpected control message {type(message).__name__}")
+    async def _answer(self) -> None:
+        self._channel.send(control.Ready())
+        while (received := await self._channel.receive()) is not None:
+            message, fds = received
+            match message:
+                case control.FrontendConnected():
+                    self._serving = self._tasks.create_task(self._serve(socket.socket(fileno=fds[0])))
+                case control.SocketGranted() | control.SocketSteered() | control.SocketRefused():
+                    self._sockets.answered(message, fds)
+                case control.ReportWanted():
+                    self._report()
+                case control.Stop():
+                    return
+                case _:
+                    close_fds(fds)
+                    raise ControlError(f"unexpected control message {type(message).__name__}")
 
     async def _serve(self, sock: socket.socket) -> None:
         """One front-end, from its first message to its last."""
         self._tell_state("connected")
-        self._device = PortDevice(
-            self._engine,
-            self._sockets,
-            self._configuration,
-            on_running=lambda: self._tell_state("running"),
-            notice=lambda text: self._channel.send(control.Notice(text=text)),
-        )
         error: str | None = None
         try:
-            await serve(Connection(sock), self._device)
-        except (MpassthruError, ConnectionError) as ended_by:
+            await self._backend.serve_connection(sock)
+        except ControlError:
+            raise
+        except MpassthruError as ended_by:
             error = str(ended_by)
-        finally:
-            sock.close()
-        self._device = None
         self._tell_state("waiting", error)
-
-    async def _end_session(self) -> None:
-        if self._session is not None:
-            self._session.cancel()
-            await asyncio.gather(self._session, *self._background, return_exceptions=True)
 
     def _tell_state(self, state: control.GuestState, error: str | None = None) -> None:
         self._channel.send(control.SessionChanged(state=state, error=error))
+
+    def _notice(self, text: str) -> None:
+        self._channel.send(control.Notice(text=text))
 
     def _report(self) -> None:
         counters = msgspec.convert(self._engine.engine.counters(), _Counters)
@@ -121,10 +121,20 @@ class Worker:
         socket_lost = event.kind == "host-error"
         kind: Literal["fault", "host-error"] = "host-error" if socket_lost else "fault"
         self._channel.send(control.Fault(vring=event.vring, kind=kind, error=str(event.error)))
-        if socket_lost and self._device is not None:
-            closing = asyncio.create_task(self._device.give_up_socket(event.vring // 2))
-            self._background.add(closing)
-            closing.add_done_callback(self._background.discard)
+        if socket_lost:
+            self._tasks.create_task(self._device.give_up_socket(event.vring // 2))
+
+
+class _ForwardedLog(logging.Handler):
+    """Carries warnings of the vhost-user session to the broker, and so to the user."""
+
+    def __init__(self, channel: ControlChannel[WorkerMessage, BrokerMessage]) -> None:
+        super().__init__(logging.WARNING)
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(ControlError):  # a broker that is gone is noticed where its messages are read
+            self._channel.send(control.Notice(text=record.getMessage(), trouble=True))
 
 
 async def serve_port(control_fd: int, make_engine: MakeEngine) -> None:
@@ -147,6 +157,7 @@ async def serve_port(control_fd: int, make_engine: MakeEngine) -> None:
     if not isinstance(configuration, Configure):
         raise ControlError(f"the first control message is {type(configuration).__name__}, not Configure")
     privileges.drop(uid=configuration.uid, gid=configuration.gid, keep_ipc_lock=configuration.keep_ipc_lock)
+    logging.getLogger("mpassthru").addHandler(_ForwardedLog(channel))
     worker = Worker(channel, configuration, make_engine(configuration))
     running = asyncio.ensure_future(worker.run())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)

@@ -1,0 +1,151 @@
+"""The channel between broker and worker: every message round trip, descriptors, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mpassthru import control
+from mpassthru.control import BrokerMessage, ControlChannel, ControlError, WorkerMessage
+from mpassthru.report import DirectionReport
+
+Pair = tuple[ControlChannel[BrokerMessage, WorkerMessage], ControlChannel[WorkerMessage, BrokerMessage]]
+
+CONFIGURATION = control.Configure(
+    interface="eth9",
+    ifindex=7,
+    queue_ids=(3, 4),
+    mtu_bytes=1500,
+    frame_max_bytes=1518,
+    socket_mode="copy",
+    poll="adaptive",
+    uid=1000,
+    keep_ipc_lock=True,
+)
+FROM_BROKER = [
+    CONFIGURATION,
+    control.FrontendConnected(),
+    control.SocketGranted(queue_pair=1),
+    control.SocketSteered(queue_pair=1),
+    control.SocketRefused(queue_pair=1, errno=16, error="busy"),
+    control.ReportWanted(),
+    control.Stop(),
+]
+FROM_WORKER = [
+    control.Ready(),
+    control.SocketWanted(queue_pair=0),
+    control.SocketBound(queue_pair=0, mode="copy"),
+    control.SocketReleased(queue_pair=0),
+    control.SessionChanged(state="waiting", error="gone"),
+    control.Fault(vring=1, kind="fault", error="loop"),
+    control.Notice(text="hello"),
+    control.WorkerReport(rx=DirectionReport(frames=3, bounced={"short_buffer": 1}), tx=DirectionReport()),
+]
+
+
+@pytest.fixture
+def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.fixture
+def pair(sockets: tuple[socket.socket, socket.socket]) -> Pair:
+    return control.broker_channel(sockets[0]), control.worker_channel(sockets[1])
+
+
+@pytest.mark.parametrize("message", FROM_BROKER, ids=lambda message: type(message).__name__)
+async def test_broker_message_arrives_as_sent(pair: Pair, message: BrokerMessage) -> None:
+    pair[0].send(message)
+
+    assert await pair[1].receive() == (message, [])
+
+
+@pytest.mark.parametrize("message", FROM_WORKER, ids=lambda message: type(message).__name__)
+async def test_worker_message_arrives_as_sent(pair: Pair, message: WorkerMessage) -> None:
+    pair[1].send(message)
+
+    assert await pair[0].receive() == (message, [])
+
+
+async def test_descriptor_arrives_as_a_new_close_on_exec_one(pair: Pair) -> None:
+    reading, writing = os.pipe()
+    pair[0].send(control.FrontendConnected(), (writing,))
+    os.close(writing)
+
+    received = await pair[1].receive()
+
+    assert received is not None
+    (fd,) = received[1]
+    assert not os.get_inheritable(fd)
+    os.write(fd, b"same pipe")
+    os.close(fd)
+    assert os.read(reading, 100) == b"same pipe"
+    os.close(reading)
+
+
+async def test_closed_end_reads_as_end_of_file(pair: Pair) -> None:
+    pair[0].close()
+
+    assert await pair[1].receive() is None
+
+
+async def test_sending_to_a_closed_end_is_an_error_not_a_signal(pair: Pair) -> None:
+    pair[1].close()
+
+    with pytest.raises(ControlError, match="cannot send Stop"):
+        pair[0].send(control.Stop())
+
+
+async def test_peer_that_never_reads_is_an_error_not_a_hang(pair: Pair) -> None:
+    def fill() -> None:
+        for _ in range(100_000):
+            pair[0].send(control.ReportWanted())
+
+    with pytest.raises(ControlError, match="temporarily unavailable"):
+        fill()
+
+
+async def test_message_of_the_other_direction_is_refused_and_its_descriptors_closed(
+    sockets: tuple[socket.socket, socket.socket],
+) -> None:
+    broker = control.broker_channel(sockets[0])
+    reading, writing = os.pipe()
+    ControlChannel[BrokerMessage, WorkerMessage](sockets[1], WorkerMessage).send(control.Stop(), (writing,))
+    os.close(writing)
+
+    with pytest.raises(ControlError, match="cannot decode"):
+        await broker.receive()
+
+    assert os.read(reading, 1) == b"", "the write end that came with the message is still open"
+    os.close(reading)
+
+
+async def test_too_many_descriptors_are_refused_and_closed(sockets: tuple[socket.socket, socket.socket]) -> None:
+    broker = control.broker_channel(sockets[0])
+    reading, writing = os.pipe()
+    fds = [writing] * (control.MESSAGE_MAX_FDS + 5)
+    socket.send_fds(sockets[1], [msgspec.msgpack.encode(control.Ready())], fds)
+    os.close(writing)
+
+    with pytest.raises(ControlError, match="fds"):
+        await broker.receive()
+
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+
+
+@given(data=st.binary(min_size=1, max_size=200))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+async def test_random_bytes_are_refused(pair: Pair, sockets: tuple[socket.socket, socket.socket], data: bytes) -> None:
+    sockets[1].send(data)
+
+    with pytest.raises(ControlError):
+        await pair[0].receive()

@@ -1,0 +1,360 @@
+"""A port against a worker played by the test: its sockets, front-ends, reports, death, and nonsense from it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from mpassthru import control
+from mpassthru.broker import port as port_module
+from mpassthru.broker.port import Port
+from mpassthru.broker.worker_process import WorkerProcess
+from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage
+from mpassthru.errors import HostError
+from mpassthru.report import DirectionReport
+
+CONFIGURATION = control.Configure(
+    interface="eth9",
+    ifindex=7,
+    queue_ids=(3, 4),
+    mtu_bytes=1500,
+    frame_max_bytes=1518,
+    socket_mode="copy",
+    poll="adaptive",
+)
+TIMEOUT_S = 5.0
+
+
+class PlayedWorker:
+    """Stands for a `WorkerProcess`; `far` is the channel's other end, which the test speaks through."""
+
+    pid = 4711
+    exit_text = "was killed by SIGKILL"
+
+    def __init__(self, *, may_raise_memlock: bool = True) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel = control.broker_channel(ours)
+        self.far: ControlChannel[WorkerMessage, BrokerMessage] = control.worker_channel(theirs)
+        self.killed = False
+        self.ended = False
+        self._may_raise_memlock = may_raise_memlock
+
+    def raise_memlock_limit(self) -> bool:
+        return self._may_raise_memlock
+
+    def kill(self) -> None:
+        self.killed = True
+
+    async def end(self) -> None:
+        self.ended = True
+        self.channel.close()
+
+    async def expect(self, kind: type[Any]) -> tuple[Any, list[int]]:
+        async with asyncio.timeout(TIMEOUT_S):
+            received = await self.far.receive()
+        assert received is not None, f"end of file instead of {kind.__name__}"
+        assert isinstance(received[0], kind), received[0]
+        return received
+
+
+@dataclass
+class RecordedSteering:
+    """Stands for the XDP program: which queue has a socket, known by its inode."""
+
+    slots: dict[int, int] = field(default_factory=dict)
+    fail: HostError | None = None
+
+    def set_socket(self, queue_id: int, socket_fd: int) -> None:
+        if self.fail is not None:
+            raise self.fail
+        self.slots[queue_id] = os.fstat(socket_fd).st_ino
+
+    def clear_socket(self, queue_id: int) -> None:
+        self.slots.pop(queue_id, None)
+
+    def counters(self) -> dict[int, dict[str, int]]:
+        return {3: {"redirected": 5}}
+
+
+class PlayedEndpoint:
+    """Hands out what the test puts into it."""
+
+    def __init__(self, *, single: bool = False) -> None:
+        self.single = single
+        self.connections: asyncio.Queue[socket.socket] = asyncio.Queue()
+
+    async def next_connection(self) -> socket.socket | None:
+        return await self.connections.get()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def connect(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        self.connections.put_nowait(ours)
+        return theirs
+
+
+@dataclass
+class Harness:
+    port: Port
+    steering: RecordedSteering
+    endpoint: PlayedEndpoint
+    lines: list[str]
+    workers: asyncio.Queue[PlayedWorker]
+    made_sockets: list[socket.socket]
+    running: asyncio.Task[None]
+
+    async def worker(self) -> PlayedWorker:
+        """The next worker started, which has taken its configuration."""
+        async with asyncio.timeout(TIMEOUT_S):
+            worker = await self.workers.get()
+        await worker.expect(control.Configure)
+        return worker
+
+    async def until(self, line: str) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while not any(line in said for said in self.lines):  # noqa: ASYNC110 - a list wakes nobody
+                await asyncio.sleep(0.001)
+
+
+@contextlib.asynccontextmanager
+async def harness(*, once: bool = False, may_raise_memlock: bool = True) -> AsyncIterator[Harness]:
+    workers: asyncio.Queue[PlayedWorker] = asyncio.Queue()
+    lines: list[str] = []
+    made: list[socket.socket] = []
+    steering, endpoint = RecordedSteering(), PlayedEndpoint()
+
+    started: list[PlayedWorker] = []
+
+    def start_worker() -> WorkerProcess:
+        worker = PlayedWorker(may_raise_memlock=may_raise_memlock)
+        started.append(worker)
+        workers.put_nowait(worker)
+        return cast(WorkerProcess, worker)
+
+    def new_socket() -> socket.socket:
+        made.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        return made[-1]
+
+    port = Port(
+        CONFIGURATION,
+        cast(Any, steering),
+        endpoint,
+        say=lines.append,
+        once=once,
+        start_worker=start_worker,
+        new_socket=new_socket,
+    )
+    running = asyncio.create_task(port.run())
+    try:
+        yield Harness(port, steering, endpoint, lines, workers, made, running)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        for worker in started:
+            worker.far.close()
+        for sock in made:
+            sock.close()
+        while not endpoint.connections.empty():
+            endpoint.connections.get_nowait().close()
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(port_module, "RESTART_PAUSE_MIN_S", 0.001)
+
+
+@pytest.mark.parametrize("may_raise", [True, False])
+async def test_worker_keeps_ipc_lock_only_where_the_limit_cannot_be_raised(may_raise: bool) -> None:
+    async with harness(may_raise_memlock=may_raise) as h:
+        worker = await asyncio.wait_for(h.workers.get(), TIMEOUT_S)
+
+        configuration, _ = await worker.expect(control.Configure)
+
+        assert configuration.keep_ipc_lock is not may_raise
+
+
+async def test_frontend_is_handed_over_only_after_ready() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        with h.endpoint.connect() as frontend:
+            await asyncio.sleep(0)
+            worker.far.send(control.Ready())
+
+            _, (fd,) = await worker.expect(control.FrontendConnected)
+
+            with socket.socket(fileno=fd) as connection:
+                frontend.sendall(b"unread")
+                assert connection.recv(10) == b"unread"
+
+
+async def test_second_frontend_waits_for_the_first_to_leave() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        worker.far.send(control.Ready())
+        with h.endpoint.connect(), h.endpoint.connect():
+            _, fds = await worker.expect(control.FrontendConnected)
+            control.close_fds(fds)
+            worker.far.send(control.SessionChanged(state="connected"))
+            await h.until("guest: connected")
+            assert h.endpoint.connections.qsize() == 1
+            worker.far.send(control.SessionChanged(state="waiting"))
+
+            _, fds = await worker.expect(control.FrontendConnected)
+            control.close_fds(fds)
+
+
+async def test_bound_socket_is_steered_to_and_the_brokers_copy_closed() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        worker.far.send(control.SocketWanted(queue_pair=1))
+        granted, fds = await worker.expect(control.SocketGranted)
+        inode = os.fstat(fds[0]).st_ino
+        control.close_fds(fds)
+        worker.far.send(control.SocketBound(queue_pair=granted.queue_pair, mode="copy"))
+
+        await worker.expect(control.SocketSteered)
+
+        assert h.steering.slots == {4: inode}
+        assert h.made_sockets[0].fileno() == -1, "an open copy keeps the queue taken"
+        assert h.port.status.mode == "copy"
+
+
+async def test_released_socket_leaves_the_xskmap() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        h.steering.slots[3] = 1
+        worker.far.send(control.SocketReleased(queue_pair=0))
+        worker.far.send(control.Notice(text="released"))
+        await h.until("released")
+
+        assert h.steering.slots == {}
+        assert h.port.status.mode == "detached"
+
+
+async def test_socket_that_cannot_be_steered_to_is_refused_and_closed() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        h.steering.fail = HostError(22, "cannot put it there")
+        worker.far.send(control.SocketWanted(queue_pair=0))
+        _, fds = await worker.expect(control.SocketGranted)
+        control.close_fds(fds)
+        worker.far.send(control.SocketBound(queue_pair=0, mode="copy"))
+
+        refused, _ = await worker.expect(control.SocketRefused)
+
+        assert refused == control.SocketRefused(queue_pair=0, errno=22, error="cannot put it there")
+        assert h.made_sockets[0].fileno() == -1
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        control.SocketWanted(queue_pair=2),
+        control.SocketReleased(queue_pair=-1),
+        control.SocketBound(queue_pair=0, mode="copy"),
+        control.WorkerReport(rx=DirectionReport(dropped={"\x1b[2J": 1}), tx=DirectionReport()),
+    ],
+    ids=["no such queue pair", "negative queue pair", "socket never given", "reason is no name"],
+)
+async def test_nonsense_from_a_worker_gets_it_killed_and_replaced(nonsense: WorkerMessage) -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        worker.far.send(nonsense)
+
+        await h.worker()
+
+        assert worker.killed
+        assert worker.ended
+
+
+async def test_dead_worker_is_reported_replaced_and_its_sockets_closed() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        worker.far.send(control.SocketWanted(queue_pair=0))
+        _, fds = await worker.expect(control.SocketGranted)
+        control.close_fds(fds)
+        worker.far.close()
+
+        await h.worker()
+
+        assert any("worker 4711 of eth9 was killed by SIGKILL" in line for line in h.lines)
+        assert h.made_sockets[0].fileno() == -1
+        assert h.port.status.worker_restarts == 1
+
+
+async def test_counters_go_on_when_a_worker_is_replaced() -> None:
+    async with harness() as h:
+        for _ in range(2):
+            worker = await h.worker()
+            worker.far.send(
+                control.WorkerReport(rx=DirectionReport(frames=2, bounced={"x": 1}), tx=DirectionReport(bytes=7))
+            )
+            worker.far.close()
+        await h.worker()
+
+        assert h.port.status.rx.frames == 4
+        assert h.port.status.rx.bounced == {"x": 2}
+        assert h.port.status.tx.bytes == 14
+
+
+async def test_stop_lets_the_worker_end_in_good_order_and_takes_its_last_report() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        h.port.stop()
+        await worker.expect(control.Stop)
+        worker.far.send(control.WorkerReport(rx=DirectionReport(frames=9), tx=DirectionReport()))
+        worker.far.close()
+
+        await asyncio.wait_for(h.running, TIMEOUT_S)
+
+        assert h.port.status.rx.frames == 9
+        assert not worker.killed
+        assert not h.port.status.troubles
+
+
+async def test_once_ends_after_the_first_frontend() -> None:
+    async with harness(once=True) as h:
+        worker = await h.worker()
+        worker.far.send(control.Ready())
+        with h.endpoint.connect():
+            _, fds = await worker.expect(control.FrontendConnected)
+            control.close_fds(fds)
+        worker.far.send(control.SessionChanged(state="waiting", error="ring outside memory"))
+        await worker.expect(control.Stop)
+        worker.far.close()
+
+        await asyncio.wait_for(h.running, TIMEOUT_S)
+
+        assert list(h.port.status.troubles) == ["session ended: ring outside memory"]
+
+
+async def test_refresh_asks_the_worker() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        refreshing = asyncio.create_task(h.port.refresh())
+        await worker.expect(control.ReportWanted)
+        worker.far.send(control.WorkerReport(rx=DirectionReport(frames=1), tx=DirectionReport()))
+
+        status = await asyncio.wait_for(refreshing, TIMEOUT_S)
+
+        assert status.rx.frames == 1
+        assert status.steering == {"3": {"redirected": 5}}
+
+
+async def test_fault_is_counted_and_its_words_are_made_printable() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        worker.far.send(control.Fault(vring=1, kind="fault", error="loop\x1b[31m\nforged line"))
+
+        await h.until("virtqueue 1 stopped (fault): loop [31m forged line")
+
+        assert h.port.status.faults == 1

@@ -1,0 +1,93 @@
+"""An engine without a data plane: it records calls, and ends operations at once or when told to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+
+@dataclass
+class FakeEvent:
+    kind: str = "completed"
+    token: int = 0
+    vring: int = 0
+    value: int = 0
+    error: Exception | None = None
+
+
+@dataclass
+class FakeEngine:
+    """`attach_errors` are raised by the next attaches, one each; `held` operations do not end."""
+
+    calls: list[str] = field(default_factory=list)
+    attach_errors: list[Exception] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
+    attached: set[int] = field(default_factory=set)
+    zero_copy: bool = False
+    stop_detaches: bool = False
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._events: list[FakeEvent] = []
+        self._tokens = 0
+
+    def emit(self, event: FakeEvent) -> None:
+        self._events.append(event)
+        os.eventfd_write(self.event_fd, 1)
+
+    def drain_events(self) -> list[FakeEvent]:
+        events, self._events = self._events, []
+        return events
+
+    def map_memory(self, regions: list[object]) -> None:
+        assert not self.attached, "memory changed under a socket"
+        self.calls.append(f"map {len(regions)}")
+
+    def attach_socket(self, queue_pair: int, config: object) -> int:
+        error = self.attach_errors.pop(0) if self.attach_errors else None
+        if error is None:
+            self.attached.add(queue_pair)
+        return self._operation(f"attach {queue_pair}", value=int(self.zero_copy), error=error)
+
+    def detach_socket(self, queue_pair: int) -> int:
+        self.attached.discard(queue_pair)
+        return self._operation(f"detach {queue_pair}")
+
+    def start_vring(self, index: int, config: object) -> int:
+        return self._operation(f"start {index}")
+
+    def stop_vring(self, index: int) -> int:
+        if self.stop_detaches:
+            self.attached.discard(index // 2)
+        return self._operation(f"stop {index}", value=42)
+
+    def set_vring_enabled(self, index: int, enabled: bool) -> int:
+        return self._operation(f"enable {index} {enabled}")
+
+    def set_vring_call(self, index: int, fd: int) -> int:
+        return self._operation(f"call {index}")
+
+    def set_vring_err(self, index: int, fd: int) -> int:
+        return self._operation(f"err {index}")
+
+    def socket_attached(self, queue_pair: int) -> bool:
+        return queue_pair in self.attached
+
+    def send_frame(self, queue_pair: int, frame: bytes) -> int:
+        return self._operation(f"send {queue_pair} {frame.hex()}")
+
+    def counters(self) -> dict[str, object]:
+        direction = {"frames": 1, "bytes": 60, "direct": 1, "bounced": {}, "dropped": {"runt": 2}, "copied_bytes": 0}
+        return {"rx": direction, "tx": direction}
+
+    def close(self) -> None:
+        self.closed = True
+        os.close(self.event_fd)
+
+    def _operation(self, call: str, value: int = 0, error: Exception | None = None) -> int:
+        self.calls.append(call)
+        self._tokens += 1
+        if call.split(maxsplit=1)[0] not in self.held:
+            self.emit(FakeEvent(token=self._tokens, value=value, error=error))
+        return self._tokens

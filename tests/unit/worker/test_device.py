@@ -1,0 +1,268 @@
+"""The device on an engine without a data plane: order of memory, socket, steering and virtqueue; what is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+from fake_engine import FakeEngine
+
+from mpassthru import control
+from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage
+from mpassthru.errors import HostError, RefusedError
+from mpassthru.vhost_user import MemoryRegion, VirtioFeature
+from mpassthru.vhost_user.device import Vring
+from mpassthru.worker import device as device_module
+from mpassthru.worker.async_engine import AsyncEngine
+from mpassthru.worker.device import PortDevice, check_memlock, rarp_frame
+from mpassthru.worker.socket_client import SocketClient
+
+MAC = bytes.fromhex("525400123456")
+VRING = Vring(
+    size=256,
+    base=0,
+    desc_user_address=0,
+    used_user_address=0,
+    avail_user_address=0,
+    flags=0,
+    log_guest_address=0,
+    features=0,
+    enabled=True,
+    kick_fd=0,
+)
+
+
+def configuration(queues: int = 1) -> control.Configure:
+    return control.Configure(
+        interface="eth9",
+        ifindex=7,
+        queue_ids=tuple(range(queues)),
+        mtu_bytes=1500,
+        frame_max_bytes=1518,
+        socket_mode="copy",
+        poll="adaptive",
+    )
+
+
+@dataclass
+class Bench:
+    device: PortDevice
+    engine: FakeEngine
+    broker: ControlChannel[BrokerMessage, WorkerMessage]
+    notices: list[str]
+    heard: list[str]
+    refuse: control.SocketRefused | None = None
+
+    async def play_broker(self, client: SocketClient, far: ControlChannel[WorkerMessage, BrokerMessage]) -> None:
+        """Grant and steer whatever is asked for; carry the answers to the client as the worker's loop does."""
+        while (received := await self.broker.receive()) is not None:
+            message, _ = received
+            self.heard.append(type(message).__name__)
+            match message:
+                case control.SocketWanted(queue_pair=pair):
+                    fd = os.open("/dev/null", os.O_RDWR)
+                    self.broker.send(control.SocketGranted(queue_pair=pair), (fd,))
+                    os.close(fd)
+                case control.SocketBound(queue_pair=pair):
+                    self.broker.send(self.refuse or control.SocketSteered(queue_pair=pair))
+                case _:
+                    continue
+            answer = await far.receive()
+            assert answer is not None
+            client.answered(cast(Any, answer[0]), answer[1])
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    broker, far = control.broker_channel(ours), control.worker_channel(theirs)
+    client, fake = SocketClient(far), FakeEngine()
+    engine = AsyncEngine(cast(Any, fake), lambda event: None)
+    notices: list[str] = []
+    device = PortDevice(
+        engine, client, configuration(), on_running=lambda: notices.append("running"), notice=notices.append
+    )
+    bench = Bench(device, fake, broker, notices, [])
+    playing = asyncio.create_task(bench.play_broker(client, far))
+    yield bench
+    far.close()
+    await playing
+    broker.close()
+    engine.close()
+
+
+async def heard(bench: Bench, *names: str) -> None:
+    while bench.heard != list(names):  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+
+
+async def test_first_vring_of_a_pair_brings_a_socket_that_is_steered_to_before_the_start(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    await bench.device.start_vring(1, VRING)
+
+    assert bench.engine.calls == ["attach 0", "start 0", "start 1"]
+    assert bench.heard == ["SocketWanted", "SocketBound"]
+    assert bench.notices == ["running"]
+
+
+async def test_concurrent_starts_of_a_pair_share_one_socket(bench: Bench) -> None:
+    await asyncio.gather(bench.device.start_vring(0, VRING), bench.device.start_vring(1, VRING))
+
+    assert bench.engine.calls.count("attach 0") == 1
+
+
+async def test_busy_queue_is_tried_again_with_a_new_socket(bench: Bench) -> None:
+    bench.engine.attach_errors = [HostError(16, "busy"), HostError(16, "busy")]
+
+    await bench.device.start_vring(0, VRING)
+
+    assert bench.engine.calls == ["attach 0", "attach 0", "attach 0", "start 0"]
+    assert bench.heard == ["SocketWanted", "SocketWanted", "SocketWanted", "SocketBound"]
+
+
+async def test_queue_that_stays_busy_is_an_error_with_its_errno(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "BIND_TIMEOUT_S", 0.0)
+    bench.engine.attach_errors = [HostError(16, "another socket owns this queue")] * 2
+
+    with pytest.raises(HostError, match="another socket") as raised:
+        await bench.device.start_vring(0, VRING)
+
+    assert raised.value.errno == 16
+    assert "start 0" not in bench.engine.calls
+
+
+async def test_other_bind_errors_are_not_tried_again(bench: Bench) -> None:
+    bench.engine.attach_errors = [HostError(105, "memlock limit")]
+
+    with pytest.raises(HostError, match="memlock"):
+        await bench.device.start_vring(0, VRING)
+
+    assert bench.engine.calls == ["attach 0"]
+
+
+async def test_socket_that_cannot_be_steered_to_is_given_back(bench: Bench) -> None:
+    bench.refuse = control.SocketRefused(queue_pair=0, errno=0, error="no slot")
+
+    with pytest.raises(RefusedError, match="no slot"):
+        await bench.device.start_vring(0, VRING)
+
+    assert bench.engine.calls == ["attach 0", "detach 0"]
+
+
+async def test_stop_returns_the_base_and_keeps_the_socket_where_the_engine_does(bench: Bench) -> None:
+    await bench.device.start_vring(1, VRING)
+
+    assert await bench.device.stop_vring(1) == 42
+
+    assert "SocketReleased" not in bench.heard
+
+
+async def test_stop_that_took_the_socket_tells_the_broker(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    bench.engine.stop_detaches = True
+
+    await bench.device.stop_vring(0)
+
+    await heard(bench, "SocketWanted", "SocketBound", "SocketReleased")
+
+
+async def test_stop_after_a_start_that_was_cancelled_early_does_not_reach_the_engine(bench: Bench) -> None:
+    bench.engine.held = {"attach"}
+    starting = asyncio.create_task(bench.device.start_vring(0, VRING))
+    while "attach 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+
+    await bench.device.stop_vring(0)
+
+    assert "stop 0" not in bench.engine.calls
+
+
+async def test_sockets_are_closed_before_memory_changes(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    await bench.device.stop_vring(0)
+    region = MemoryRegion(guest_phys_address=0, size_bytes=4096, user_address=0, mmap_offset=0, fd=0)
+
+    await bench.device.map_memory([region])
+
+    assert bench.engine.calls[-2:] == ["detach 0", "map 1"]
+    await heard(bench, "SocketWanted", "SocketBound", "SocketReleased")
+
+
+async def test_reset_closes_every_socket(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    await bench.device.stop_vring(0)
+
+    await bench.device.reset()
+
+    assert bench.engine.attached == set()
+
+
+async def test_mtu_beyond_the_interfaces_is_refused_with_the_way_out(bench: Bench) -> None:
+    await bench.device.set_mtu(1500)
+
+    with pytest.raises(RefusedError, match="host_mtu=1500 or less"):
+        await bench.device.set_mtu(1501)
+
+
+async def test_rarp_goes_out_of_the_first_queue(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+
+    await bench.device.send_rarp(MAC)
+
+    assert bench.engine.calls[-1] == f"send 0 {rarp_frame(MAC).hex()}"
+
+
+async def test_rarp_without_a_socket_is_said_not_lost_silently(bench: Bench) -> None:
+    await bench.device.send_rarp(MAC)
+
+    assert bench.engine.calls == []
+    assert "cannot announce" in bench.notices[0]
+
+
+def test_rarp_frame_has_the_layout_of_rfc_903() -> None:
+    frame = rarp_frame(MAC)
+
+    assert len(frame) == 60
+    assert frame[:14] == b"\xff" * 6 + MAC + b"\x80\x35"
+    assert frame[14:22] == bytes.fromhex("0001080006040003")
+    assert frame[22:42] == (MAC + bytes(4)) * 2
+
+
+def test_multiqueue_is_offered_only_with_several_queues() -> None:
+    def features(queues: int) -> int:
+        return PortDevice(
+            cast(Any, None), cast(Any, None), configuration(queues), on_running=lambda: None, notice=print
+        ).features
+
+    assert not features(1) & VirtioFeature.VIRTIO_NET_F_MQ
+    assert features(2) & VirtioFeature.VIRTIO_NET_F_MQ
+
+
+@pytest.mark.parametrize(
+    "feature", ["VHOST_F_LOG_ALL", "VIRTIO_NET_F_CSUM", "VIRTIO_F_IN_ORDER", "VIRTIO_F_RING_PACKED"]
+)
+def test_what_is_not_built_is_not_offered(feature: str) -> None:
+    assert not device_module.FEATURES & VirtioFeature[feature]
+
+
+def test_memory_beyond_the_memlock_limit_is_refused_before_anything_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module.resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    monkeypatch.setattr(device_module, "effective_capabilities", set[int])
+
+    check_memlock(8 << 20)
+    with pytest.raises(RefusedError, match="cannot pin 64 MiB of guest memory: the memlock limit is 8 MiB"):
+        check_memlock(64 << 20)
+
+
+def test_memory_beyond_the_memlock_limit_is_fine_with_ipc_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module.resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    monkeypatch.setattr(device_module, "effective_capabilities", lambda: {14})
+
+    check_memlock(1 << 40)
