@@ -195,7 +195,7 @@ impl GuestMemory {
         self.check(addr, N as u64);
         let from = self.ptr(addr);
         let mut bytes = [0; N];
-        if N % 8 == 0 && from.align_offset(8) == 0 {
+        if N.is_multiple_of(8) && from.align_offset(8) == 0 {
             for (i, chunk) in bytes.chunks_exact_mut(8).enumerate() {
                 // SAFETY: inside the mapping (checked above) and aligned (checked in the condition).
                 let word = unsafe { from.cast::<u64>().add(i).read_volatile() };

@@ -130,7 +130,7 @@ impl Pump {
     fn work(&mut self) -> u32 {
         let Some(xsk) = &mut self.xsk else { return 0 };
         let mut moved = 0;
-        if let Some(rx) = &mut self.rx {
+        if let Some(rx) = self.rx.as_mut().filter(|rx| rx.vring.runs()) {
             match rx.burst(xsk, &mut self.rx_slab, &mut self.rx_counts) {
                 Ok(count) => moved += count,
                 Err(fault) => self.fault(0, fault),
@@ -154,11 +154,16 @@ impl Pump {
         self.xsk.is_none() || (self.rx.is_none() && self.tx.is_none())
     }
 
+    /// The socket, if what it receives can be delivered: a faulted queue leaves frames where they are.
+    fn receiving_socket(&self) -> Option<&XskSocket> {
+        self.xsk.as_ref().filter(|_| self.rx.as_ref().is_some_and(|rx| rx.vring.runs()))
+    }
+
     /// Sleeps until there may be work: with kicks on, and after one more look.
     fn wait(&mut self) {
         let ready = self.arm(true);
         if !ready {
-            let xsk_fd = self.xsk.as_ref().filter(|_| self.rx.is_some()).map_or(-1, XskSocket::raw_fd);
+            let xsk_fd = self.receiving_socket().map_or(-1, XskSocket::raw_fd);
             let kick = |vring: Option<&Vring>| vring.map_or(-1, |v| v.kick.raw());
             let rx_kick = kick(self.rx.as_ref().map(|rx| &rx.vring));
             let tx_kick = kick(self.tx.as_ref().map(|tx| &tx.vring));
@@ -183,7 +188,7 @@ impl Pump {
 
     /// Switches kicks on or off; whether there is work already.
     fn arm(&mut self, on: bool) -> bool {
-        let mut ready = self.xsk.as_ref().is_some_and(|xsk| on && self.rx.is_some() && xsk.rx_peek() > 0);
+        let mut ready = self.receiving_socket().is_some_and(|xsk| on && xsk.rx_peek() > 0);
         let vrings = [self.rx.as_mut().map(|rx| &mut rx.vring), self.tx.as_mut().map(|tx| &mut tx.vring)];
         let mut faults = [None; 2];
         for (vring, fault) in vrings.into_iter().zip(&mut faults) {

@@ -191,9 +191,6 @@ impl Rx {
 
     /// Takes fresh heads from the guest and posts them, or slab frames in their stead. Returns their number.
     fn refill(&mut self, xsk: &mut XskSocket, slab: &mut Slab) -> Result<u32, QueueFault> {
-        if !self.vring.runs() {
-            return Ok(0);
-        }
         let available = self.vring.queue.available()?;
         let mut taken = 0;
         for _ in 0..available {
