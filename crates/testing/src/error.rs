@@ -30,10 +30,7 @@ impl Error {
 
     /// `errno` as an error of `action`.
     pub(crate) fn os(action: impl fmt::Display, errno: i32) -> Self {
-        Self::System {
-            action: action.to_string(),
-            errno,
-        }
+        Self::System { action: action.to_string(), errno }
     }
 
     pub(crate) fn config(message: impl fmt::Display) -> Self {
@@ -42,22 +39,13 @@ impl Error {
 }
 
 /// Turns the -1 of a system call into an [`Error`] that names `action`.
-pub(crate) fn check<T: PartialEq + From<i8>>(
-    result: T,
-    action: impl FnOnce() -> String,
-) -> Result<T> {
-    if result == T::from(-1) {
-        Err(Error::last_os(action()))
-    } else {
-        Ok(result)
-    }
+pub(crate) fn check<T: PartialEq + From<i8>>(result: T, action: impl FnOnce() -> String) -> Result<T> {
+    if result == T::from(-1) { Err(Error::last_os(action())) } else { Ok(result) }
 }
 
 fn advice(errno: i32) -> &'static str {
     match errno {
-        libc::EPERM | libc::EACCES => {
-            "; run as root, or with CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF"
-        }
+        libc::EPERM | libc::EACCES => "; run as root, or with CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF",
         libc::ENODEV => "; is the interface in this network namespace?",
         _ => "",
     }
@@ -70,13 +58,7 @@ mod tests {
     #[test]
     fn test_message_names_action_errno_and_advice() {
         let message = Error::os("attach XDP to ifindex 4", libc::EPERM).to_string();
-        assert!(
-            message.starts_with("cannot attach XDP to ifindex 4: "),
-            "{message}"
-        );
-        assert!(
-            message.contains("os error 1") && message.contains("CAP_NET_ADMIN"),
-            "{message}"
-        );
+        assert!(message.starts_with("cannot attach XDP to ifindex 4: "), "{message}");
+        assert!(message.contains("os error 1") && message.contains("CAP_NET_ADMIN"), "{message}");
     }
 }

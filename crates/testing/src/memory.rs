@@ -84,16 +84,9 @@ pub struct Region {
 
 impl Region {
     fn map(config: RegionConfig) -> Result<Self> {
-        let page_bytes = if config.backing == Backing::HugeMemfd {
-            HUGE_PAGE_BYTES
-        } else {
-            BASE_PAGE_BYTES
-        };
-        let aligned = |value: u64| value % page_bytes == 0;
-        if config.size_bytes == 0
-            || !aligned(config.size_bytes)
-            || !aligned(config.mmap_offset_bytes)
-        {
+        let page_bytes = if config.backing == Backing::HugeMemfd { HUGE_PAGE_BYTES } else { BASE_PAGE_BYTES };
+        let aligned = |value: u64| value.is_multiple_of(page_bytes);
+        if config.size_bytes == 0 || !aligned(config.size_bytes) || !aligned(config.mmap_offset_bytes) {
             return Err(Error::config(format!(
                 "guest memory region of {} bytes at file offset {}: both must be multiples of its page size, {page_bytes}",
                 config.size_bytes, config.mmap_offset_bytes
@@ -102,17 +95,10 @@ impl Region {
         let file = create_file(config.backing)?;
         let file_bytes = (config.mmap_offset_bytes + config.size_bytes).cast_signed();
         // SAFETY: `file` is open; no memory is involved.
-        check(
-            unsafe { libc::ftruncate(file.as_raw_fd(), file_bytes) },
-            || format!("size guest memory to {file_bytes} bytes"),
-        )?;
-        let sharing = if config.backing == Backing::PrivateMemfd {
-            libc::MAP_PRIVATE
-        } else {
-            libc::MAP_SHARED
-        };
-        let length = usize::try_from(config.size_bytes)
-            .map_err(|_| Error::config("region exceeds address space"))?;
+        let resized = unsafe { libc::ftruncate(file.as_raw_fd(), file_bytes) };
+        check(resized, || format!("size guest memory to {file_bytes} bytes"))?;
+        let sharing = if config.backing == Backing::PrivateMemfd { libc::MAP_PRIVATE } else { libc::MAP_SHARED };
+        let length = usize::try_from(config.size_bytes).map_err(|_| Error::config("region exceeds address space"))?;
         // SAFETY: a new mapping at an address of the kernel's choice; nothing existing is touched.
         let start = unsafe {
             libc::mmap(
@@ -125,20 +111,10 @@ impl Region {
             )
         };
         if start == libc::MAP_FAILED {
-            let hint = if config.backing == Backing::HugeMemfd {
-                " in hugepages (are enough reserved?)"
-            } else {
-                ""
-            };
-            return Err(Error::last_os(format!(
-                "map {length} bytes of guest memory{hint}"
-            )));
+            let hint = if config.backing == Backing::HugeMemfd { " in hugepages (are enough reserved?)" } else { "" };
+            return Err(Error::last_os(format!("map {length} bytes of guest memory{hint}")));
         }
-        Ok(Self {
-            config,
-            file,
-            start: start.cast(),
-        })
+        Ok(Self { config, file, start: start.cast() })
     }
 
     /// How the region was configured.
@@ -168,11 +144,7 @@ impl Region {
     fn offset_of(&self, address: GuestPhysAddr, length: u64) -> Option<usize> {
         let offset = address.0.checked_sub(self.config.guest_phys_address.0)?;
         let end = offset.checked_add(length)?;
-        if end > self.config.size_bytes {
-            None
-        } else {
-            usize::try_from(offset).ok()
-        }
+        if end > self.config.size_bytes { None } else { usize::try_from(offset).ok() }
     }
 }
 
@@ -189,25 +161,12 @@ fn create_file(backing: Backing) -> Result<OwnedFd> {
         let path = CString::new(directory.as_os_str().as_bytes())
             .map_err(|_| Error::config("the temporary directory's name has a NUL"))?;
         // SAFETY: `path` is NUL-terminated and lives through the call.
-        let fd = unsafe {
-            libc::open(
-                path.as_ptr(),
-                libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC,
-                0o600,
-            )
-        };
-        check(fd, || {
-            format!("make an unnamed file in {}", directory.display())
-        })?
+        let fd = unsafe { libc::open(path.as_ptr(), libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC, 0o600) };
+        check(fd, || format!("make an unnamed file in {}", directory.display()))?
     } else {
-        let huge = if backing == Backing::HugeMemfd {
-            libc::MFD_HUGETLB
-        } else {
-            0
-        };
+        let huge = if backing == Backing::HugeMemfd { libc::MFD_HUGETLB } else { 0 };
         // SAFETY: the name is NUL-terminated and static.
-        let fd =
-            unsafe { libc::memfd_create(c"mpassthru-guest".as_ptr(), libc::MFD_CLOEXEC | huge) };
+        let fd = unsafe { libc::memfd_create(c"mpassthru-guest".as_ptr(), libc::MFD_CLOEXEC | huge) };
         check(fd, || "make a memfd for guest memory".to_string())?
     };
     // SAFETY: a new descriptor that nobody else owns.
@@ -238,27 +197,15 @@ impl GuestMemory {
         }
         let mut ranges: Vec<_> = configs
             .iter()
-            .map(|region| {
-                (
-                    region.guest_phys_address.0,
-                    region.guest_phys_address.0.checked_add(region.size_bytes),
-                )
-            })
+            .map(|region| (region.guest_phys_address.0, region.guest_phys_address.0.checked_add(region.size_bytes)))
             .collect();
         ranges.sort_unstable();
         for pair in ranges.windows(2) {
             if pair[0].1.is_none_or(|end| end > pair[1].0) {
-                return Err(Error::config(format!(
-                    "guest memory regions overlap at {:#x}",
-                    pair[1].0
-                )));
+                return Err(Error::config(format!("guest memory regions overlap at {:#x}", pair[1].0)));
             }
         }
-        let regions = configs
-            .iter()
-            .copied()
-            .map(Region::map)
-            .collect::<Result<_>>()?;
+        let regions = configs.iter().copied().map(Region::map).collect::<Result<_>>()?;
         Ok(Self { regions })
     }
 
@@ -279,10 +226,7 @@ impl GuestMemory {
                 return Ok(unsafe { region.start.add(offset) });
             }
         }
-        Err(Error::config(format!(
-            "{length} bytes at guest address {:#x} are outside guest memory",
-            address.0
-        )))
+        Err(Error::config(format!("{length} bytes at guest address {:#x} are outside guest memory", address.0)))
     }
 
     /// The front-end's user address of a guest-physical address, as VHOST_USER_SET_VRING_ADDR wants it.
@@ -334,14 +278,10 @@ mod tests {
 
     #[test]
     fn test_what_is_written_is_seen_through_the_file() {
-        let memory = GuestMemory::new(&[RegionConfig {
-            mmap_offset_bytes: 8192,
-            ..RegionConfig::memfd(0x1_0000_0000, 65536)
-        }])
-        .unwrap();
-        memory
-            .write(GuestPhysAddr(0x1_0000_1001), b"shared")
-            .unwrap();
+        let memory =
+            GuestMemory::new(&[RegionConfig { mmap_offset_bytes: 8192, ..RegionConfig::memfd(0x1_0000_0000, 65536) }])
+                .unwrap();
+        memory.write(GuestPhysAddr(0x1_0000_1001), b"shared").unwrap();
         let mut seen = [0u8; 6];
         let file = memory.regions()[0].file().as_raw_fd();
         // SAFETY: `seen` has room for six bytes.
@@ -351,32 +291,18 @@ mod tests {
 
     #[test]
     fn test_private_memory_hides_writes_from_the_file() {
-        let config = RegionConfig {
-            backing: Backing::PrivateMemfd,
-            ..RegionConfig::memfd(0, 4096)
-        };
+        let config = RegionConfig { backing: Backing::PrivateMemfd, ..RegionConfig::memfd(0, 4096) };
         let memory = GuestMemory::new(&[config]).unwrap();
         memory.write(GuestPhysAddr(0), b"hidden").unwrap();
         let mut seen = [1u8; 6];
         // SAFETY: `seen` has room for six bytes.
-        unsafe {
-            libc::pread(
-                memory.regions()[0].file().as_raw_fd(),
-                seen.as_mut_ptr().cast(),
-                6,
-                0,
-            )
-        };
+        unsafe { libc::pread(memory.regions()[0].file().as_raw_fd(), seen.as_mut_ptr().cast(), 6, 0) };
         assert_eq!(seen, [0; 6]);
     }
 
     #[test]
     fn test_ranges_across_or_outside_regions_are_refused() {
-        let memory = GuestMemory::new(&[
-            RegionConfig::memfd(0, 4096),
-            RegionConfig::memfd(4096, 4096),
-        ])
-        .unwrap();
+        let memory = GuestMemory::new(&[RegionConfig::memfd(0, 4096), RegionConfig::memfd(4096, 4096)]).unwrap();
         assert!(memory.read(GuestPhysAddr(4094), &mut [0; 4]).is_err());
         assert!(memory.write(GuestPhysAddr(8191), &[0; 2]).is_err());
         assert!(memory.locate(GuestPhysAddr(u64::MAX), 2).is_err());
@@ -385,13 +311,7 @@ mod tests {
 
     #[test]
     fn test_overlapping_and_odd_regions_are_refused() {
-        assert!(
-            GuestMemory::new(&[
-                RegionConfig::memfd(0, 8192),
-                RegionConfig::memfd(4096, 4096)
-            ])
-            .is_err()
-        );
+        assert!(GuestMemory::new(&[RegionConfig::memfd(0, 8192), RegionConfig::memfd(4096, 4096)]).is_err());
         assert!(GuestMemory::new(&[RegionConfig::memfd(0, 100)]).is_err());
         assert!(GuestMemory::new(&[]).is_err());
     }

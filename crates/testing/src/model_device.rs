@@ -21,13 +21,7 @@ pub(crate) struct ModelDevice {
 
 impl ModelDevice {
     pub fn new(memory: &Arc<GuestMemory>, layout: RingLayout, event_idx: bool) -> Self {
-        Self {
-            memory: Arc::clone(memory),
-            layout,
-            event_idx,
-            next_avail: 0,
-            used_idx: 0,
-        }
+        Self { memory: Arc::clone(memory), layout, event_idx, next_avail: 0, used_idx: 0 }
     }
 
     fn read<const N: usize>(&self, address: GuestPhysAddr) -> [u8; N] {
@@ -51,10 +45,7 @@ impl ModelDevice {
         fence(Ordering::Acquire);
         let head = self.read_u16(self.layout.avail.plus(4 + 2 * self.slot(self.next_avail)));
         self.next_avail = self.next_avail.wrapping_add(1);
-        Some(Chain {
-            head,
-            segments: self.walk(self.layout.desc, head),
-        })
+        Some(Chain { head, segments: self.walk(self.layout.desc, head) })
     }
 
     fn walk(&self, table: GuestPhysAddr, mut index: u16) -> Vec<Segment> {
@@ -67,11 +58,7 @@ impl ModelDevice {
                 return self.walk(address, 0);
             }
             let len = u32::from_le_bytes(bytes[8..12].try_into().unwrap());
-            segments.push(Segment {
-                address,
-                len,
-                writable: bits & flags::VIRTQ_DESC_F_WRITE != 0,
-            });
+            segments.push(Segment { address, len, writable: bits & flags::VIRTQ_DESC_F_WRITE != 0 });
             if bits & flags::VIRTQ_DESC_F_NEXT == 0 {
                 return segments;
             }
@@ -84,12 +71,26 @@ impl ModelDevice {
         self.push_used_id(u32::from(head), len)
     }
 
+    /// Writes used entries and publishes them at once.
+    pub fn push_used_together(&mut self, used: &[(u16, u32)]) {
+        let first = self.used_idx;
+        for (offset, &(head, len)) in used.iter().enumerate() {
+            self.write_used(first.wrapping_add(offset as u16), u32::from(head), len);
+        }
+        fence(Ordering::Release);
+        self.set_used_idx(first.wrapping_add(used.len() as u16));
+    }
+
+    fn write_used(&self, index: u16, id: u32, len: u32) {
+        let entry = self.layout.used.plus(4 + 8 * self.slot(index));
+        self.memory.write(entry, &id.to_le_bytes()).unwrap();
+        self.memory.write(entry.plus(4), &len.to_le_bytes()).unwrap();
+    }
+
     pub fn push_used_id(&mut self, id: u32, len: u32) -> bool {
         let entry = self.layout.used.plus(4 + 8 * self.slot(self.used_idx));
         self.memory.write(entry, &id.to_le_bytes()).unwrap();
-        self.memory
-            .write(entry.plus(4), &len.to_le_bytes())
-            .unwrap();
+        self.memory.write(entry.plus(4), &len.to_le_bytes()).unwrap();
         fence(Ordering::Release);
         let old = self.used_idx;
         self.set_used_idx(old.wrapping_add(1));
@@ -103,15 +104,11 @@ impl ModelDevice {
 
     pub fn set_used_idx(&mut self, index: u16) {
         self.used_idx = index;
-        self.memory
-            .write(self.layout.used.plus(2), &index.to_le_bytes())
-            .unwrap();
+        self.memory.write(self.layout.used.plus(2), &index.to_le_bytes()).unwrap();
     }
 
     pub fn set_used_flags(&mut self, bits: u16) {
-        self.memory
-            .write(self.layout.used, &bits.to_le_bytes())
-            .unwrap();
+        self.memory.write(self.layout.used, &bits.to_le_bytes()).unwrap();
     }
 
     pub fn set_avail_event(&mut self, index: u16) {

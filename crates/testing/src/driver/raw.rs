@@ -87,12 +87,7 @@ impl RingLayout {
         let desc = start.align_up(DESCRIPTOR_BYTES);
         let avail = desc.plus(DESCRIPTOR_BYTES * u64::from(size));
         let used = avail.plus(6 + 2 * u64::from(size)).align_up(4096);
-        Self {
-            size,
-            desc,
-            avail,
-            used,
-        }
+        Self { size, desc, avail, used }
     }
 
     /// One past the last byte of the used ring.
@@ -134,15 +129,10 @@ impl RawRing {
     pub fn new(memory: &Arc<GuestMemory>, layout: RingLayout) -> Result<Self> {
         let size = u64::from(layout.size);
         if !layout.size.is_power_of_two() {
-            return Err(Error::config(format!(
-                "ring size {size}: must be a power of two, at most 32768"
-            )));
+            return Err(Error::config(format!("ring size {size}: must be a power of two, at most 32768")));
         }
-        if layout.desc.0 % 16 != 0 || layout.avail.0 % 2 != 0 || layout.used.0 % 4 != 0 {
-            return Err(Error::config(format!(
-                "ring at {:#x} is misaligned (VIRTIO 1.3 section 2.7)",
-                layout.desc.0
-            )));
+        if !layout.desc.0.is_multiple_of(16) || !layout.avail.0.is_multiple_of(2) || !layout.used.0.is_multiple_of(4) {
+            return Err(Error::config(format!("ring at {:#x} is misaligned (VIRTIO 1.3 section 2.7)", layout.desc.0)));
         }
         Ok(Self {
             desc: memory.locate(layout.desc, DESCRIPTOR_BYTES * size)?,
@@ -172,53 +162,28 @@ impl RawRing {
     /// Writes descriptor `index` (modulo the ring's size) of the table.
     pub fn set_descriptor(&self, index: u16, descriptor: Descriptor) {
         // SAFETY: the slot is within the table located in `new`, aligned to 16.
-        unsafe {
-            self.desc
-                .cast::<Descriptor>()
-                .add(self.slot(index))
-                .write_volatile(descriptor.to_le())
-        };
+        unsafe { self.desc.cast::<Descriptor>().add(self.slot(index)).write_volatile(descriptor.to_le()) };
     }
 
     /// Reads descriptor `index` (modulo the ring's size) of the table.
     #[must_use]
     pub fn descriptor(&self, index: u16) -> Descriptor {
         // SAFETY: as in `set_descriptor`.
-        unsafe {
-            self.desc
-                .cast::<Descriptor>()
-                .add(self.slot(index))
-                .read_volatile()
-                .to_le()
-        }
+        unsafe { self.desc.cast::<Descriptor>().add(self.slot(index)).read_volatile().to_le() }
     }
 
     /// Writes an entry of an indirect table that lies anywhere in guest memory (VIRTIO 1.3 section 2.7.5.3).
     ///
     /// # Errors
     /// [`Error::Config`] if the entry is outside guest memory.
-    pub fn set_indirect(
-        &self,
-        table: GuestPhysAddr,
-        index: u16,
-        descriptor: Descriptor,
-    ) -> Result<()> {
-        self.memory.write(
-            table.plus(DESCRIPTOR_BYTES * u64::from(index)),
-            &descriptor.to_bytes(),
-        )
+    pub fn set_indirect(&self, table: GuestPhysAddr, index: u16, descriptor: Descriptor) -> Result<()> {
+        self.memory.write(table.plus(DESCRIPTOR_BYTES * u64::from(index)), &descriptor.to_bytes())
     }
 
     /// Puts `head` into the avail ring, at slot `index` modulo the ring's size.
     pub fn set_avail_entry(&self, index: u16, head: u16) {
         // SAFETY: the slot is within the avail ring located in `new`, aligned to 2.
-        unsafe {
-            self.avail
-                .add(4)
-                .cast::<u16>()
-                .add(self.slot(index))
-                .write_volatile(head.to_le())
-        };
+        unsafe { self.avail.add(4).cast::<u16>().add(self.slot(index)).write_volatile(head.to_le()) };
     }
 
     /// Publishes the avail index.
@@ -244,8 +209,7 @@ impl RawRing {
     /// Writes `used_event` (VIRTIO 1.3 section 2.7.7.1).
     pub fn set_used_event(&self, index: u16) {
         // Relaxed: as `set_avail_flags`.
-        self.avail_field(4 + 2 * usize::from(self.layout.size))
-            .store(index.to_le(), Ordering::Relaxed);
+        self.avail_field(4 + 2 * usize::from(self.layout.size)).store(index.to_le(), Ordering::Relaxed);
     }
 
     /// The used index.
@@ -260,17 +224,8 @@ impl RawRing {
     #[must_use]
     pub fn used_entry(&self, index: u16) -> UsedEntry {
         // SAFETY: the slot is within the used ring located in `new`, aligned to 4.
-        let entry = unsafe {
-            self.used
-                .add(4)
-                .cast::<UsedEntry>()
-                .add(self.slot(index))
-                .read_volatile()
-        };
-        UsedEntry {
-            id: u32::from_le(entry.id),
-            len: u32::from_le(entry.len),
-        }
+        let entry = unsafe { self.used.add(4).cast::<UsedEntry>().add(self.slot(index)).read_volatile() };
+        UsedEntry { id: u32::from_le(entry.id), len: u32::from_le(entry.len) }
     }
 
     /// `VIRTQ_USED_F_*` as the device set them.
@@ -284,10 +239,7 @@ impl RawRing {
     #[must_use]
     pub fn avail_event(&self) -> u16 {
         // Relaxed: as `used_flags`.
-        u16::from_le(
-            self.used_field(4 + 8 * usize::from(self.layout.size))
-                .load(Ordering::Relaxed),
-        )
+        u16::from_le(self.used_field(4 + 8 * usize::from(self.layout.size)).load(Ordering::Relaxed))
     }
 
     /// Sets all three parts to zero, as a driver does before it hands a queue to the device.
@@ -296,11 +248,9 @@ impl RawRing {
     /// None in practice: the parts were located in `new`.
     pub fn clear(&self) -> Result<()> {
         let size = u64::from(self.layout.size);
-        self.memory
-            .zero(self.layout.desc, DESCRIPTOR_BYTES * size)?;
+        self.memory.zero(self.layout.desc, DESCRIPTOR_BYTES * size)?;
         self.memory.zero(self.layout.avail, 6 + 2 * size)?;
-        self.memory
-            .zero(self.layout.used, 6 + USED_ENTRY_BYTES * size)
+        self.memory.zero(self.layout.used, 6 + USED_ENTRY_BYTES * size)
     }
 
     fn avail_field(&self, offset: usize) -> &AtomicU16 {
@@ -335,21 +285,13 @@ mod tests {
     fn test_fields_lie_where_the_specification_puts_them() {
         let ring = ring();
         let layout = *ring.layout();
-        let descriptor = Descriptor {
-            address: 0x0102_0304_0506_0708,
-            len: 0x11,
-            flags: 3,
-            next: 5,
-        };
+        let descriptor = Descriptor { address: 0x0102_0304_0506_0708, len: 0x11, flags: 3, next: 5 };
         ring.set_descriptor(2, descriptor);
         ring.set_avail_entry(9, 7);
         ring.set_avail_idx(0x0203);
         ring.set_avail_flags(1);
         ring.set_used_event(0x0405);
-        assert_eq!(
-            bytes::<16>(&ring, layout.desc.plus(32)),
-            descriptor.to_bytes()
-        );
+        assert_eq!(bytes::<16>(&ring, layout.desc.plus(32)), descriptor.to_bytes());
         assert_eq!(ring.descriptor(2), descriptor);
         assert_eq!(bytes::<4>(&ring, layout.avail), [1, 0, 3, 2]);
         assert_eq!(bytes::<2>(&ring, layout.avail.plus(4 + 2)), [7, 0]);
@@ -361,16 +303,9 @@ mod tests {
         let ring = ring();
         let used = ring.layout().used;
         ring.memory().write(used, &[1, 0, 9, 0]).unwrap();
-        ring.memory()
-            .write(used.plus(4 + 8), &[6, 0, 0, 0, 64, 0, 0, 0])
-            .unwrap();
-        ring.memory()
-            .write(used.plus(4 + 64), &[0x34, 0x12])
-            .unwrap();
-        assert_eq!(
-            (ring.used_flags(), ring.used_idx(), ring.avail_event()),
-            (1, 9, 0x1234)
-        );
+        ring.memory().write(used.plus(4 + 8), &[6, 0, 0, 0, 64, 0, 0, 0]).unwrap();
+        ring.memory().write(used.plus(4 + 64), &[0x34, 0x12]).unwrap();
+        assert_eq!((ring.used_flags(), ring.used_idx(), ring.avail_event()), (1, 9, 0x1234));
         assert_eq!(ring.used_entry(9), UsedEntry { id: 6, len: 64 });
     }
 
@@ -379,35 +314,8 @@ mod tests {
         let memory = Arc::new(GuestMemory::new(&[RegionConfig::memfd(0, 8192)]).unwrap());
         let good = RingLayout::contiguous(GuestPhysAddr(0), 8);
         assert!(RawRing::new(&memory, RingLayout { size: 6, ..good }).is_err());
-        assert!(
-            RawRing::new(
-                &memory,
-                RingLayout {
-                    used: GuestPhysAddr(8190),
-                    ..good
-                }
-            )
-            .is_err()
-        );
-        assert!(
-            RawRing::new(
-                &memory,
-                RingLayout {
-                    desc: GuestPhysAddr(8),
-                    ..good
-                }
-            )
-            .is_err()
-        );
-        assert!(
-            RawRing::new(
-                &memory,
-                RingLayout {
-                    desc: GuestPhysAddr(8192),
-                    ..good
-                }
-            )
-            .is_err()
-        );
+        assert!(RawRing::new(&memory, RingLayout { used: GuestPhysAddr(8190), ..good }).is_err());
+        assert!(RawRing::new(&memory, RingLayout { desc: GuestPhysAddr(8), ..good }).is_err());
+        assert!(RawRing::new(&memory, RingLayout { desc: GuestPhysAddr(8192), ..good }).is_err());
     }
 }

@@ -26,21 +26,13 @@ impl Segment {
     /// A piece for the device to write.
     #[must_use]
     pub fn writable(address: GuestPhysAddr, len: u32) -> Self {
-        Self {
-            address,
-            len,
-            writable: true,
-        }
+        Self { address, len, writable: true }
     }
 
     /// A piece for the device to read.
     #[must_use]
     pub fn readable(address: GuestPhysAddr, len: u32) -> Self {
-        Self {
-            address,
-            len,
-            writable: false,
-        }
+        Self { address, len, writable: false }
     }
 }
 
@@ -63,21 +55,13 @@ pub struct RingFull;
 #[allow(missing_docs)]
 pub enum Violation {
     #[error("used index jumped to {used_idx} while {next_used} was next, on a ring of {size}")]
-    UsedIndexJump {
-        used_idx: u16,
-        next_used: u16,
-        size: u16,
-    },
+    UsedIndexJump { used_idx: u16, next_used: u16, size: u16 },
     #[error("used id {id} on a ring of {size}")]
     UsedIdOutOfRange { id: u32, size: u16 },
     #[error("head {head} used, but it is not posted")]
     UsedTwice { head: u16 },
     #[error("head {head} used with length {len}, but {writable_bytes} bytes were writable")]
-    UsedLengthTooLarge {
-        head: u16,
-        len: u32,
-        writable_bytes: u32,
-    },
+    UsedLengthTooLarge { head: u16, len: u32, writable_bytes: u32 },
 }
 
 /// Which heads a stopped device still owed (see [`SplitDriver::settle`]).
@@ -108,8 +92,7 @@ impl IndirectTables {
     }
 
     fn table(&self, head: u16) -> GuestPhysAddr {
-        self.start
-            .plus(16 * u64::from(self.entries) * u64::from(head))
+        self.start.plus(16 * u64::from(self.entries) * u64::from(head))
     }
 }
 
@@ -125,6 +108,8 @@ struct Head {
     state: HeadState,
     descriptors: u16,
     writable_bytes: u32,
+    /// How many heads had been posted before it, ever.
+    posted_at: u64,
 }
 
 /// The driver side of one split virtqueue.
@@ -145,6 +130,9 @@ pub struct SplitDriver {
     avail_heads: Vec<u16>,
     next_avail: u16,
     published_avail: u16,
+    /// Heads ever posted, and how many of those the device can know of.
+    posted_total: u64,
+    published_total: u64,
     next_used: u16,
     seen_used: u16,
     /// `next_used` when notifications were last switched off, so that `used_event` never comes round again.
@@ -162,11 +150,7 @@ impl SplitDriver {
         let ring = RawRing::new(memory, layout)?;
         ring.clear()?;
         let size = usize::from(layout.size);
-        let head = Head {
-            state: HeadState::Free,
-            descriptors: 0,
-            writable_bytes: 0,
-        };
+        let head = Head { state: HeadState::Free, descriptors: 0, writable_bytes: 0, posted_at: 0 };
         Ok(Self {
             ring,
             event_idx,
@@ -177,6 +161,8 @@ impl SplitDriver {
             avail_heads: vec![0; size],
             next_avail: 0,
             published_avail: 0,
+            posted_total: 0,
+            published_total: 0,
             next_used: 0,
             seen_used: 0,
             disabled_at: None,
@@ -191,14 +177,9 @@ impl SplitDriver {
     /// [`Error::Config`] if the tables are misaligned or outside guest memory.
     pub fn use_indirect_tables(&mut self, tables: IndirectTables) -> Result<()> {
         let size = self.ring.layout().size;
-        self.ring
-            .memory()
-            .locate(tables.start, tables.end(size).0 - tables.start.0)?;
-        if tables.start.0 % 16 != 0 || tables.entries == 0 {
-            return Err(Error::config(format!(
-                "indirect tables at {:#x}: misaligned or empty",
-                tables.start.0
-            )));
+        self.ring.memory().locate(tables.start, tables.end(size).0 - tables.start.0)?;
+        if !tables.start.0.is_multiple_of(16) || tables.entries == 0 {
+            return Err(Error::config(format!("indirect tables at {:#x}: misaligned or empty", tables.start.0)));
         }
         self.indirect = Some(tables);
         Ok(())
@@ -246,10 +227,7 @@ impl SplitDriver {
             let is_last = place == first_taken;
             let next = if is_last { 0 } else { self.free[place - 1] };
             self.links[usize::from(index)] = next;
-            self.ring.set_descriptor(
-                index,
-                segment_descriptor(segment, (!is_last).then_some(next)),
-            );
+            self.ring.set_descriptor(index, segment_descriptor(segment, (!is_last).then_some(next)));
         }
         let head = self.free[self.free.len() - 1];
         self.free.truncate(first_taken);
@@ -265,9 +243,7 @@ impl SplitDriver {
     /// # Panics
     /// If [`use_indirect_tables`](Self::use_indirect_tables) was not called.
     pub fn add_indirect(&mut self, segments: &[Segment]) -> std::result::Result<u16, RingFull> {
-        let tables = self
-            .indirect
-            .expect("indirect tables were given before an indirect chain is added");
+        let tables = self.indirect.expect("indirect tables were given before an indirect chain is added");
         if segments.len() > usize::from(tables.entries) {
             return Err(RingFull);
         }
@@ -280,41 +256,25 @@ impl SplitDriver {
                 .expect("tables were located when they were given");
         }
         let len = 16 * segments.len() as u32;
-        self.ring.set_descriptor(
-            head,
-            Descriptor {
-                address: table.0,
-                len,
-                flags: flags::VIRTQ_DESC_F_INDIRECT,
-                next: 0,
-            },
-        );
+        self.ring
+            .set_descriptor(head, Descriptor { address: table.0, len, flags: flags::VIRTQ_DESC_F_INDIRECT, next: 0 });
         self.post(head, 1, segments);
         Ok(head)
     }
 
     fn post(&mut self, head: u16, descriptors: u16, segments: &[Segment]) {
-        let writable_bytes = segments
-            .iter()
-            .filter(|segment| segment.writable)
-            .map(|segment| segment.len)
-            .sum();
-        self.heads[usize::from(head)] = Head {
-            state: HeadState::Returned,
-            descriptors,
-            writable_bytes,
-        };
+        let writable_bytes = segments.iter().filter(|segment| segment.writable).map(|segment| segment.len).sum();
+        self.heads[usize::from(head)] = Head { state: HeadState::Returned, descriptors, writable_bytes, posted_at: 0 };
         self.repost(head);
     }
 
     /// Puts a returned head into the avail ring again, its descriptors as they are.
     pub fn repost(&mut self, head: u16) {
         let entry = &mut self.heads[usize::from(head)];
-        assert!(
-            entry.state == HeadState::Returned,
-            "only a returned head may be posted again"
-        );
+        assert!(entry.state == HeadState::Returned, "only a returned head may be posted again");
         entry.state = HeadState::Posted;
+        entry.posted_at = self.posted_total;
+        self.posted_total += 1;
         self.ring.set_avail_entry(self.next_avail, head);
         let slot = usize::from(self.next_avail & (self.ring.layout().size - 1));
         self.avail_heads[slot] = head;
@@ -325,10 +285,7 @@ impl SplitDriver {
     /// Frees a returned head's descriptors.
     pub fn release(&mut self, head: u16) {
         let entry = &mut self.heads[usize::from(head)];
-        assert!(
-            entry.state == HeadState::Returned,
-            "only a returned head may be released"
-        );
+        assert!(entry.state == HeadState::Returned, "only a returned head may be released");
         entry.state = HeadState::Free;
         let first = self.free.len();
         let mut index = head;
@@ -347,6 +304,7 @@ impl SplitDriver {
         }
         self.ring.set_avail_idx(self.next_avail);
         self.published_avail = self.next_avail;
+        self.published_total = self.posted_total;
         // SeqCst: the index must be visible before the device's wish is read, or both sides go to sleep (VIRTIO 1.3
         // section 2.7.21). Pairs with the fence between the device's store of avail_event (or used.flags) and its
         // second look at avail.idx.
@@ -372,11 +330,7 @@ impl SplitDriver {
             if pending > size {
                 let used_idx = std::mem::replace(&mut self.seen_used, self.next_used);
                 self.broken = true;
-                return Some(Err(Violation::UsedIndexJump {
-                    used_idx,
-                    next_used: self.next_used,
-                    size,
-                }));
+                return Some(Err(Violation::UsedIndexJump { used_idx, next_used: self.next_used, size }));
             }
             if pending == 0 {
                 return None;
@@ -392,7 +346,8 @@ impl SplitDriver {
         let head = u16::try_from(id).ok().filter(|&head| head < size);
         let head = head.ok_or(Violation::UsedIdOutOfRange { id, size })?;
         let entry = &mut self.heads[usize::from(head)];
-        if entry.state != HeadState::Posted {
+        // A head posted again since the last publish is still unknown to the device: this entry is for its last use.
+        if entry.state != HeadState::Posted || entry.posted_at >= self.published_total {
             return Err(Violation::UsedTwice { head });
         }
         entry.state = HeadState::Returned;
@@ -401,11 +356,7 @@ impl SplitDriver {
         if len > writable_bytes {
             // The chain did come back: give it up, so that it is not counted as lost as well.
             self.release(head);
-            return Err(Violation::UsedLengthTooLarge {
-                head,
-                len,
-                writable_bytes,
-            });
+            return Err(Violation::UsedLengthTooLarge { head, len, writable_bytes });
         }
         Ok(Used { head, len })
     }
@@ -417,8 +368,7 @@ impl SplitDriver {
     pub fn enable_notifications(&mut self, after: u16) -> bool {
         let after = if self.event_idx { after } else { 1 };
         if self.event_idx {
-            self.ring
-                .set_used_event(self.next_used.wrapping_add(after - 1));
+            self.ring.set_used_event(self.next_used.wrapping_add(after - 1));
         } else {
             self.ring.set_avail_flags(0);
         }
@@ -439,9 +389,7 @@ impl SplitDriver {
             return;
         }
         // There is no "never" with EVENT_IDX: an event just passed is 65535 entries away, so move it on in time.
-        let is_far = self
-            .disabled_at
-            .is_some_and(|at| self.next_used.wrapping_sub(at) < 0x4000);
+        let is_far = self.disabled_at.is_some_and(|at| self.next_used.wrapping_sub(at) < 0x4000);
         if !is_far {
             self.ring.set_used_event(self.next_used.wrapping_sub(1));
             self.disabled_at = Some(self.next_used);
@@ -474,37 +422,18 @@ impl SplitDriver {
             }
             is_returned[head] = true;
         }
-        let is_lost =
-            |(head, returned): (&Head, &bool)| head.state == HeadState::Posted && !returned;
-        let never_returned = self
-            .heads
-            .iter()
-            .zip(&is_returned)
-            .filter(|pair| is_lost(*pair))
-            .count() as u16;
-        Ok(Settlement {
-            given_back,
-            never_returned,
-            returned_twice,
-        })
+        let is_lost = |(head, returned): (&Head, &bool)| head.state == HeadState::Posted && !returned;
+        let never_returned = self.heads.iter().zip(&is_returned).filter(|pair| is_lost(*pair)).count() as u16;
+        Ok(Settlement { given_back, never_returned, returned_twice })
     }
 }
 
 fn segment_descriptor(segment: &Segment, next: Option<u16>) -> Descriptor {
-    let mut bits = if segment.writable {
-        flags::VIRTQ_DESC_F_WRITE
-    } else {
-        0
-    };
+    let mut bits = if segment.writable { flags::VIRTQ_DESC_F_WRITE } else { 0 };
     if next.is_some() {
         bits |= flags::VIRTQ_DESC_F_NEXT;
     }
-    Descriptor {
-        address: segment.address.0,
-        len: segment.len,
-        flags: bits,
-        next: next.unwrap_or(0),
-    }
+    Descriptor { address: segment.address.0, len: segment.len, flags: bits, next: next.unwrap_or(0) }
 }
 
 #[cfg(test)]
@@ -540,10 +469,7 @@ mod tests {
             driver.release(head);
             returned += 1;
         }
-        assert_eq!(
-            (returned, driver.free_descriptors(), driver.outstanding()),
-            (70_000, 4, 0)
-        );
+        assert_eq!((returned, driver.free_descriptors(), driver.outstanding()), (70_000, 4, 0));
     }
 
     #[test]
@@ -565,12 +491,7 @@ mod tests {
     #[test]
     fn test_indirect_chain_takes_one_descriptor() {
         let (mut driver, mut device) = pair(4, false);
-        driver
-            .use_indirect_tables(IndirectTables {
-                start: GuestPhysAddr(0x4000),
-                entries: 8,
-            })
-            .unwrap();
+        driver.use_indirect_tables(IndirectTables { start: GuestPhysAddr(0x4000), entries: 8 }).unwrap();
         let segments: Vec<_> = (0..8).map(buffer).collect();
         driver.add_indirect(&segments).unwrap();
         assert_eq!(driver.free_descriptors(), 3);
@@ -588,36 +509,30 @@ mod tests {
         device.push_used(head, 1);
         device.push_used(4, 1);
         device.push_used_id(0x1_0000, 1);
-        assert_eq!(
-            driver.pop_used(),
-            Some(Err(Violation::UsedLengthTooLarge {
-                head,
-                len: 101,
-                writable_bytes: 100
-            }))
-        );
+        assert_eq!(driver.pop_used(), Some(Err(Violation::UsedLengthTooLarge { head, len: 101, writable_bytes: 100 })));
         assert_eq!(driver.pop_used(), Some(Err(Violation::UsedTwice { head })));
-        assert_eq!(
-            driver.pop_used(),
-            Some(Err(Violation::UsedIdOutOfRange { id: 4, size: 4 }))
-        );
-        assert_eq!(
-            driver.pop_used(),
-            Some(Err(Violation::UsedIdOutOfRange {
-                id: 0x1_0000,
-                size: 4
-            }))
-        );
+        assert_eq!(driver.pop_used(), Some(Err(Violation::UsedIdOutOfRange { id: 4, size: 4 })));
+        assert_eq!(driver.pop_used(), Some(Err(Violation::UsedIdOutOfRange { id: 0x1_0000, size: 4 })));
         device.set_used_idx(9);
-        assert_eq!(
-            driver.pop_used(),
-            Some(Err(Violation::UsedIndexJump {
-                used_idx: 9,
-                next_used: 4,
-                size: 4
-            }))
-        );
+        assert_eq!(driver.pop_used(), Some(Err(Violation::UsedIndexJump { used_idx: 9, next_used: 4, size: 4 })));
         assert_eq!(driver.pop_used(), None);
+    }
+
+    #[test]
+    fn test_head_used_again_is_found_out_before_and_after_it_was_posted_again() {
+        let (mut driver, mut device) = pair(4, false);
+        let head = driver.add(&[buffer(0)]).unwrap();
+        driver.publish();
+        device.push_used(head, 1);
+        device.push_used(head, 1);
+        assert_eq!(driver.pop_used(), Some(Ok(Used { head, len: 1 })));
+        driver.repost(head);
+        assert_eq!(driver.pop_used(), Some(Err(Violation::UsedTwice { head })));
+        // Once published, the entry could be for the new posting; the account does not balance in the end.
+        driver.publish();
+        device.push_used(head, 1);
+        assert_eq!(driver.pop_used(), Some(Ok(Used { head, len: 1 })));
+        assert_eq!(driver.settle(1).unwrap().returned_twice, 1);
     }
 
     #[test]
@@ -671,29 +586,13 @@ mod tests {
     #[test]
     fn test_settlement_tells_given_back_from_lost() {
         let (mut driver, mut device) = pair(8, false);
-        let heads: Vec<_> = (0..4)
-            .map(|number| driver.add(&[buffer(number)]).unwrap())
-            .collect();
+        let heads: Vec<_> = (0..4).map(|number| driver.add(&[buffer(number)]).unwrap()).collect();
         driver.publish();
         device.push_used(heads[1], 0);
         driver.pop_used();
         let settle = |base| driver.settle(base).unwrap();
-        assert_eq!(
-            settle(2),
-            Settlement {
-                given_back: 2,
-                never_returned: 1,
-                returned_twice: 0
-            }
-        );
-        assert_eq!(
-            settle(0),
-            Settlement {
-                given_back: 4,
-                never_returned: 0,
-                returned_twice: 1
-            }
-        );
+        assert_eq!(settle(2), Settlement { given_back: 2, never_returned: 1, returned_twice: 0 });
+        assert_eq!(settle(0), Settlement { given_back: 4, never_returned: 0, returned_twice: 1 });
         assert!(driver.settle(5).is_err());
         assert!(driver.settle(4u16.wrapping_sub(9)).is_err());
     }
