@@ -50,6 +50,7 @@ class Port:
         steering: The attached XDP program, with this port's queues claimed.
         endpoint: Where front-ends come from.
         once: End after one front-end, or when the worker dies.
+        stopping: Set to end the port; `stop` sets it.
         say: Called with one line for each thing the user should know.
         start_worker: Makes a worker process; tests pass their own.
         new_socket: Makes an AF_XDP socket; tests pass their own.
@@ -63,10 +64,12 @@ class Port:
         *,
         say: Say,
         once: bool = False,
+        stopping: asyncio.Event | None = None,
         start_worker: Callable[[], WorkerProcess] = WorkerProcess,
         new_socket: Callable[[], socket.socket] = create_socket,
     ) -> None:
         self.status = PortStatus()
+        self._failed = False
         self._configuration = configuration
         self._steering = steering
         self._endpoint = endpoint
@@ -74,15 +77,26 @@ class Port:
         self._say = say
         self._start_worker = start_worker
         self._new_socket = new_socket
-        self._stopping = asyncio.Event()
+        self._stopping = stopping or asyncio.Event()
         self._idle = asyncio.Event()
         self._reported = asyncio.Event()
         self._worker: WorkerProcess | None = None
         self._sockets: dict[int, socket.socket] = {}
 
+    @property
+    def failed(self) -> bool:
+        """Whether the port ended for want of something, or its only front-end met trouble."""
+        return self._failed or (self._once and bool(self.status.troubles))
+
     def stop(self) -> None:
         """Ask for an orderly end; `run` returns when everything has been given back."""
         self._stopping.set()
+
+    def fail(self, line: str) -> None:
+        """Like `stop`, for a reason that the user should know."""
+        self._trouble(line)
+        self._failed = True
+        self.stop()
 
     async def run(self) -> None:
         """Keep a worker running until `stop`, or until the one front-end of `once` has left.
@@ -91,7 +105,7 @@ class Port:
             HostError: the front-end's socket cannot be connected to, or no worker can be started.
         """
         pause_s = RESTART_PAUSE_MIN_S
-        while True:
+        while not self._stopping.is_set():
             started = time.monotonic()
             await self._run_worker()
             if self._stopping.is_set() or self._once:
@@ -112,8 +126,12 @@ class Port:
             with contextlib.suppress(ControlError, TimeoutError):
                 self._worker.channel.send(control.ReportWanted())
                 await asyncio.wait_for(self._reported.wait(), REPORT_TIMEOUT_S)
-        self.status.steering = {str(queue): dict(names) for queue, names in self._steering.counters().items()}
+        self.status.steering = self.read_steering()
         return self.status
+
+    def read_steering(self) -> dict[str, dict[str, int]]:
+        """The XDP program's counters, by hardware queue."""
+        return {str(queue): dict(names) for queue, names in self._steering.counters().items()}
 
     async def _run_worker(self) -> None:
         """One worker, from start to reaped."""

@@ -161,7 +161,8 @@ def _footer(report: AttachReport) -> Text:
 
 
 def _direction_line(total: DirectionReport, rate: Rates) -> str:
+    bounced, dropped = sum(total.bounced.values()), sum(total.dropped.values())
     return (
         f"{rate.frames_per_s:.0f} frames/s {rate.bits_per_s / 1e9:.3f} Gbit/s"
-        f" direct {share(total.direct, total.frames)} bounced {sum(total.bounced.values())} dropped {sum(total.dropped.values())}"
+        f" direct {share(total.direct, total.frames)} bounced {bounced} dropped {dropped}"
     )

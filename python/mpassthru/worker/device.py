@@ -243,7 +243,7 @@ def check_memlock(memory_bytes: int) -> None:
     Raises:
         RefusedError: the limit is too small and CAP_IPC_LOCK is missing.
     """
-    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    limit_bytes = memlock_limit_bytes()
     if limit_bytes == resource.RLIM_INFINITY or memory_bytes <= limit_bytes:
         return
     if CAP_IPC_LOCK not in effective_capabilities():
@@ -251,6 +251,11 @@ def check_memlock(memory_bytes: int) -> None:
             f"cannot pin {memory_bytes >> 20} MiB of guest memory: the memlock limit is {limit_bytes >> 20} MiB; "
             "raise it (ulimit -l unlimited, LimitMEMLOCK=infinity) or give the broker CAP_SYS_RESOURCE or CAP_IPC_LOCK"
         )
+
+
+def memlock_limit_bytes() -> int:
+    """How much this process may lock; RLIM_INFINITY without a limit."""
+    return resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
 
 
 def rarp_frame(mac: bytes) -> bytes:

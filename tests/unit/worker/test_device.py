@@ -253,7 +253,7 @@ def test_what_is_not_built_is_not_offered(feature: str) -> None:
 
 
 def test_memory_beyond_the_memlock_limit_is_refused_before_anything_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module.resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    monkeypatch.setattr(device_module, "memlock_limit_bytes", lambda: 8 << 20)
     monkeypatch.setattr(device_module, "effective_capabilities", set[int])
 
     check_memlock(8 << 20)
@@ -262,7 +262,7 @@ def test_memory_beyond_the_memlock_limit_is_refused_before_anything_is_pinned(mo
 
 
 def test_memory_beyond_the_memlock_limit_is_fine_with_ipc_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module.resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    monkeypatch.setattr(device_module, "memlock_limit_bytes", lambda: 8 << 20)
     monkeypatch.setattr(device_module, "effective_capabilities", lambda: {14})
 
     check_memlock(1 << 40)

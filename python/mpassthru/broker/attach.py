@@ -1,0 +1,361 @@
+"""`mpassthru attach`: from an interface's name to a running port, and back to an interface as it was.
+
+Everything that can be refused is refused before anything is changed. What is set up is given back in the opposite
+order, whatever happens; the XDP program goes by itself even if this process is killed (bpf_link).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import pwd
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, Protocol
+
+from mpassthru import _core
+from mpassthru.broker.endpoint import ConnectingEndpoint, Endpoint, InheritedEndpoint, ListeningEndpoint
+from mpassthru.broker.port import Port
+from mpassthru.broker.status import AttachReport
+from mpassthru.control import Configure, Mode, PollMode
+from mpassthru.errors import HostError, MpassthruError, RefusedError
+from mpassthru.netdev import Interface, read_interface
+from mpassthru.netdev.capabilities import missing_for_broker
+from mpassthru.netdev.checks import check_queue, frame_max_bytes, warnings_for
+from mpassthru.netdev.umem_cost import format_bytes, umem_cost
+
+XdpChoice = Literal["auto", "native", "generic"]
+XdpMode = Literal["native", "generic"]
+
+WATCH_INTERVAL_S: Final = 1.0
+RELEASE_TIMEOUT_S: Final = 1.5
+RELEASE_PAUSE_S: Final = 0.02
+
+
+class InUseError(RefusedError):
+    """Somebody else has what a port needs; that may pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steer:
+    """Which frames of a queue go to the guest."""
+
+    kind: Literal["passthru", "mac"] = "passthru"
+    mac: bytes = b""
+    broadcast: bool = True
+    multicast: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachOptions:
+    """What the user asked for. Exactly one of `socket_path`, `connect_path` and `fd` is set."""
+
+    interface: str
+    socket_path: Path | None = None
+    connect_path: Path | None = None
+    fd: int | None = None
+    queue: int = 0
+    queues: int = 1
+    mode: Mode = "auto"
+    xdp: XdpChoice = "auto"
+    steer: Steer = Steer()
+    poll: PollMode = "adaptive"
+    user: str | None = None
+    once: bool = False
+    interval_s: float = 1.0
+    guest_bytes: int = 4 << 30
+    """Of the guest that is expected; refused if no kernel could take it."""
+
+
+class View(Protocol):
+    """Shows what goes on; see `mpassthru.cli.live_view`."""
+
+    def say(self, line: str) -> None:
+        """Show one line."""
+
+    def show(self, report: AttachReport) -> None:
+        """Show the figures of now."""
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An interface that is ready for a port."""
+
+    interface: Interface
+    xdp_mode: XdpMode
+    steering: _core.SteeringProgram
+    endpoint: Endpoint
+    configuration: Configure
+
+
+async def attach(options: AttachOptions, view: View, recipe: Callable[[int], str]) -> tuple[AttachReport, bool]:
+    """Run a port until SIGTERM, SIGINT, or the end of the one front-end of `once`.
+
+    Args:
+        options: What to do.
+        view: Shows what goes on.
+        recipe: Makes the text that tells the user how to start a guest, from the MTU.
+
+    Returns:
+        The figures at the end, and whether the port did what it was there for. It did not if the interface went away,
+        or if `once` was asked for and anything went wrong (see the report's `troubles`).
+
+    Raises:
+        RefusedError: the interface, the options or this process are not fit for it; nothing was changed.
+        HostError: the kernel refused; everything was given back.
+    """
+    with _stop_signals() as stopping:
+        async with attached(options, view) as ready:
+            port = Port(
+                ready.configuration,
+                ready.steering,
+                ready.endpoint,
+                say=view.say,
+                once=options.once,
+                stopping=stopping,
+            )
+            view.say(recipe(ready.interface.mtu_bytes))
+            await _run(port, ready, view, options.interval_s)
+            port.status.steering = port.read_steering()
+            return _report(port, ready, ended=True), not port.failed
+
+
+async def _run(port: Port, ready: Attached, view: View, interval_s: float) -> None:
+    """Run the port with its view and its watch beside it."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            helpers = (
+                tasks.create_task(_show(port, ready, view, interval_s)),
+                tasks.create_task(_watch(ready.interface, port)),
+            )
+            await port.run()
+            for helper in helpers:
+                helper.cancel()
+    except* MpassthruError as errors:
+        raise errors.exceptions[0] from None
+
+
+async def _show(port: Port, ready: Attached, view: View, interval_s: float) -> None:
+    while True:
+        await asyncio.sleep(interval_s)
+        await port.refresh()
+        view.show(_report(port, ready))
+
+
+def _report(port: Port, ready: Attached, *, ended: bool = False) -> AttachReport:
+    return port.status.report(
+        interface=ready.interface.name,
+        queue_ids=ready.configuration.queue_ids,
+        xdp_mode=ready.xdp_mode,
+        ended=ended,
+    )
+
+
+@contextlib.asynccontextmanager
+async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached]:
+    """Check everything, then take the socket path, the XDP hook and the queues; give them back at the end."""
+    refuse_without_privilege()
+    queue_ids = tuple(range(options.queue, options.queue + options.queues))
+    interface = await _fit_interface(options.interface, queue_ids)
+    socket_mode = choose_mode(options.mode, interface, view)
+    uid, gid = user_ids(options.user)
+    for line in (cost_line(options.guest_bytes, options.queues), *warnings_for(interface)):
+        view.say(line)
+    with contextlib.ExitStack() as undo:
+        endpoint = open_endpoint(options)
+        undo.callback(endpoint.close)
+        steering, xdp_mode = attach_program(interface, options.xdp, view)
+        undo.callback(steering.close)
+        for queue_id in queue_ids:
+            steering.steer_queue(
+                queue_id,
+                steer=options.steer.kind,
+                mac=options.steer.mac,
+                broadcast=options.steer.broadcast,
+                multicast=options.steer.multicast,
+            )
+        yield Attached(
+            interface,
+            xdp_mode,
+            steering,
+            endpoint,
+            Configure(
+                interface=interface.name,
+                ifindex=interface.ifindex,
+                queue_ids=queue_ids,
+                mtu_bytes=interface.mtu_bytes,
+                frame_max_bytes=frame_max_bytes(interface),
+                socket_mode=socket_mode,
+                poll=options.poll,
+                uid=uid,
+                gid=gid,
+            ),
+        )
+
+
+async def _fit_interface(name: str, queue_ids: tuple[int, ...]) -> Interface:
+    """Read and judge an interface, again for a moment while it is in use.
+
+    The kernel lets go of an AF_XDP socket some 50 ms after its owner's end, so that a start right after a SIGKILL finds
+    the queue taken.
+    """
+    deadline = asyncio.get_running_loop().time() + RELEASE_TIMEOUT_S
+    while True:
+        interface = await read_interface(name)
+        try:
+            refuse_unfit(interface, queue_ids)
+        except InUseError:
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(RELEASE_PAUSE_S)
+        else:
+            return interface
+
+
+def refuse_without_privilege() -> None:
+    """Refuse to start what the kernel would refuse later.
+
+    Raises:
+        RefusedError: a capability is missing.
+    """
+    if missing := missing_for_broker():
+        raise RefusedError(f"cannot attach without {', '.join(missing)}: run as root, or grant what is missing")
+
+
+def refuse_unfit(interface: Interface, queue_ids: tuple[int, ...]) -> None:
+    """Refuse an interface that cannot have a port on these queues.
+
+    Raises:
+        RefusedError: it is down, has no such queues, or carries frames too large.
+        InUseError: another XDP program or AF_XDP socket is there.
+    """
+    name = interface.name
+    if not interface.up:
+        raise RefusedError(f"cannot attach to {name}: it is down; 'ip link set dev {name} up'")
+    for queue_id in queue_ids:
+        check_queue(interface, queue_id)
+    frame_max_bytes(interface)
+    if interface.xdp_program is not None:
+        raise InUseError(
+            f"cannot attach to {name}: XDP program {interface.xdp_program.id} is there already; "
+            f"end its owner, or 'ip link set dev {name} xdp off'"
+        )
+    taken = sorted(set(interface.xsk_queues or ()) & set(queue_ids))
+    if taken:
+        raise InUseError(
+            f"cannot attach to {name} queue {taken[0]}: another AF_XDP socket owns this queue; "
+            "end its owner, or choose another with --queue"
+        )
+
+
+def cost_line(guest_bytes: int, queues: int) -> str:
+    """What the expected guest will cost.
+
+    Raises:
+        RefusedError: no kernel could take it.
+    """
+    cost = umem_cost(guest_bytes, queues=queues)
+    return (
+        f"cost of a guest of {format_bytes(guest_bytes)}: all of it pinned, "
+        f"and {format_bytes(cost.kernel_bytes)} of kernel memory"
+    )
+
+
+def choose_mode(mode: Mode, interface: Interface, view: View) -> Literal["copy"]:
+    """The mode to use; `auto` says which and why.
+
+    Raises:
+        RefusedError: zero-copy was forced.
+    """
+    features = interface.xdp_features
+    cause = (
+        f"driver {interface.driver} has no zero-copy AF_XDP"
+        if features is not None and not features.zero_copy
+        else "zero-copy mode is not proven safe for guest memory yet"
+    )
+    if mode == "zero-copy":
+        raise RefusedError(f"cannot use zero-copy mode on {interface.name}: {cause}; use --mode auto or copy")
+    if mode == "auto":
+        view.say(f"mode: copy (the kernel copies each frame once, into the guest's own buffer): {cause}")
+    return "copy"
+
+
+def user_ids(user: str | None) -> tuple[int | None, int | None]:
+    """User and group id of the worker's user; None for both if there is none.
+
+    Raises:
+        RefusedError: no such user.
+    """
+    if user is None:
+        return None, None
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        raise RefusedError(f"cannot run the worker as {user}: there is no such user; see getent passwd") from None
+    return entry.pw_uid, entry.pw_gid
+
+
+def open_endpoint(options: AttachOptions) -> Endpoint:
+    """Where front-ends come from.
+
+    Raises:
+        RefusedError: the path or the fd cannot be used.
+        HostError: the path cannot be bound.
+    """
+    if options.socket_path is not None:
+        return ListeningEndpoint(options.socket_path)
+    if options.connect_path is not None:
+        return ConnectingEndpoint(options.connect_path)
+    if options.fd is not None:
+        return InheritedEndpoint(options.fd)
+    raise RefusedError("no front-end to expect: give one of --socket-path, --connect and --fd")
+
+
+def attach_program(interface: Interface, choice: XdpChoice, view: View) -> tuple[_core.SteeringProgram, XdpMode]:
+    """Attach the steering program: native XDP where it can be had, generic with a note otherwise.
+
+    Raises:
+        HostError: neither can be had, or the one that was forced cannot.
+    """
+    if choice != "auto":
+        return _attach_program(interface, choice), choice
+    try:
+        return _attach_program(interface, "native"), "native"
+    except HostError as error:
+        if error.errno in (errno.EBUSY, errno.EEXIST, errno.EPERM, errno.EACCES, errno.ENODEV):
+            raise
+        view.say(f"XDP: generic (slower: frames pass through an skb first), for native cannot be had: {error}")
+    return _attach_program(interface, "generic"), "generic"
+
+
+def _attach_program(interface: Interface, xdp_mode: XdpMode) -> _core.SteeringProgram:
+    return _core.SteeringProgram.attach(interface.ifindex, xdp_mode=xdp_mode, queue_count=interface.queues.rx)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGINT and SIGTERM set, from before anything is taken until all of it is given back."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        yield stopping
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def _watch(interface: Interface, port: Port) -> None:
+    """End the port when its interface goes away: the kernel detached everything from it already."""
+    while True:
+        try:
+            socket.if_indextoname(interface.ifindex)
+        except OSError:
+            port.fail(f"interface {interface.name} is gone; nothing is left to attach to")
+            return
+        await asyncio.sleep(WATCH_INTERVAL_S)

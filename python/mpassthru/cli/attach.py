@@ -1,0 +1,138 @@
+"""`mpassthru attach`: a port in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from mpassthru.broker.attach import AttachOptions, Steer, attach
+from mpassthru.broker.status import to_json
+from mpassthru.cli.backend import PrintCapabilities
+from mpassthru.cli.live_view import JsonView, LineView, TerminalView, View
+from mpassthru.cli.recipe import GuestRecipe
+from mpassthru.cli.sizes import parse_size
+
+INTERVAL_TERMINAL_S = 1.0
+INTERVAL_LINES_S = 10.0
+
+
+def attach_command(
+    interface: Annotated[str, typer.Argument(metavar="IFACE", help="Host interface.")],
+    *,
+    socket_path: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Listen for the front-end (QEMU) on this Unix socket.")
+    ] = None,
+    fd: Annotated[int | None, typer.Option(metavar="N", help="Use this inherited vhost-user socket.")] = None,
+    connect: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Connect to a front-end that listens here.")
+    ] = None,
+    queue: Annotated[int, typer.Option(metavar="N", min=0, help="First hardware receive queue to take.")] = 0,
+    queues: Annotated[int, typer.Option(metavar="N", min=1, max=128, help="Queue pairs of the guest.")] = 1,
+    mode: Annotated[
+        Literal["auto", "zero-copy", "copy"], typer.Option(help="How the kernel and the guest's memory meet.")
+    ] = "auto",
+    xdp: Annotated[
+        Literal["auto", "native", "generic"], typer.Option(help="Where in the kernel frames are taken.")
+    ] = "auto",
+    steer: Annotated[
+        Literal["passthru", "mac"], typer.Option(help="Frames for the guest: all of the queue, or those for --mac.")
+    ] = "passthru",
+    mac: Annotated[str | None, typer.Option(metavar="MAC", help="The guest's MAC address.")] = None,
+    broadcast: Annotated[bool, typer.Option(help="With --steer mac: broadcast goes to the guest.")] = True,
+    multicast: Annotated[bool, typer.Option(help="With --steer mac: multicast goes to the guest.")] = True,
+    poll: Annotated[
+        Literal["busy", "adaptive", "interrupt"], typer.Option(help="How to wait for frames.")
+    ] = "adaptive",
+    user: Annotated[str | None, typer.Option(metavar="NAME", help="Run the worker as this user.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="End when the first front-end leaves; 1 if anything failed.")] = (
+        False
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON at the end.")] = False,
+    interval: Annotated[
+        float | None, typer.Option(metavar="S", min=0.05, help="Seconds between figures; with --json one line each.")
+    ] = None,
+    guest_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Guest memory for the options printed, such as 4G.")
+    ] = "4G",
+    _print_capabilities: PrintCapabilities = False,
+) -> None:
+    """Connect one virtual machine's network interface to IFACE, in the foreground, until Ctrl-C or SIGTERM.
+
+    The frames of a hardware queue of IFACE go straight into the guest's receive buffers, and its frames leave straight
+    from its memory. Prints the QEMU options and the libvirt XML for the guest. Nothing stays behind at the end.
+    """
+    if sum(choice is not None for choice in (socket_path, fd, connect)) != 1:
+        raise typer.BadParameter("exactly one of --socket-path, --fd and --connect is needed")
+    if steer == "mac" and mac is None:
+        raise typer.BadParameter("--steer mac needs --mac, the guest's address")
+    mac_bytes = parse_mac(mac) if mac is not None else b""
+    guest_bytes = parse_size(guest_size)
+    view, interval_s = _view(as_json, interval)
+    options = AttachOptions(
+        interface=interface,
+        socket_path=socket_path,
+        connect_path=connect,
+        fd=fd,
+        queue=queue,
+        queues=queues,
+        mode=mode,
+        xdp=xdp,
+        steer=Steer(kind=steer, mac=mac_bytes, broadcast=broadcast, multicast=multicast),
+        poll=poll,
+        user=user,
+        once=once,
+        interval_s=interval_s,
+        guest_bytes=guest_bytes,
+    )
+    path = socket_path or connect
+
+    def recipe(mtu_bytes: int) -> str:
+        """What to paste, once the interface is known to be fit."""
+        if path is None:
+            return "front-end: the socket that was passed in"
+        return GuestRecipe(
+            socket_path=path.absolute(),
+            queue_pairs=queues,
+            guest_size=guest_size,
+            mtu_bytes=mtu_bytes,
+            frontend_listens=connect is not None,
+            mac=mac,
+        ).text()
+
+    try:
+        report, succeeded = asyncio.run(attach(options, view, recipe))
+    finally:
+        view.close()
+    if as_json:
+        typer.echo(to_json(report))
+    if not succeeded:
+        raise typer.Exit(1)
+
+
+def parse_mac(text: str) -> bytes:
+    """A station's MAC address.
+
+    Raises:
+        typer.BadParameter: not six pairs of hexadecimal digits, or a group address.
+    """
+    if not re.fullmatch(r"[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}", text):
+        raise typer.BadParameter(f"{text!r} is not a MAC address; write it like 52:54:00:12:34:56")
+    mac = bytes.fromhex(text.replace(":", "").replace("-", ""))
+    if mac[0] & 1:
+        raise typer.BadParameter(f"{text} is a group address; a guest has a station address")
+    return mac
+
+
+def _view(as_json: bool, interval: float | None) -> tuple[View, float]:
+    """The view that fits where the output goes, and its interval in seconds."""
+    if as_json:
+        return JsonView(sys.stdout, sys.stderr, each_interval=interval is not None), interval or INTERVAL_LINES_S
+    if sys.stdout.isatty():
+        return TerminalView(Console()), interval or INTERVAL_TERMINAL_S
+    return LineView(sys.stdout), interval or INTERVAL_LINES_S
