@@ -1,1 +1,45 @@
-"""."""
+"""The host's side of a port: what an interface is and can do, and AF_XDP sockets on its queues.
+
+Read an interface with `read_interface`, judge it with `checks`, price a guest with `umem_cost`.
+"""
+
+from mpassthru.netdev.af_xdp import bind_error, open_xsk_socket, probe_bind
+from mpassthru.netdev.checks import FRAME_MAX_BYTES, MTU_MAX_BYTES, check_queue, frame_max_bytes, warnings_for
+from mpassthru.netdev.drivers import NO_ZERO_COPY, ZERO_COPY, DriverFacts
+from mpassthru.netdev.facts import (
+    Interface,
+    Offloads,
+    QueueCounts,
+    VethPeer,
+    XdpFeatures,
+    XdpProgram,
+)
+from mpassthru.netdev.reader import kernel_version, no_such_interface, read_interface
+from mpassthru.netdev.umem_cost import UMEM_MAX_BYTES, UmemCost, format_bytes, umem_cost
+
+__all__ = [
+    "FRAME_MAX_BYTES",
+    "MTU_MAX_BYTES",
+    "NO_ZERO_COPY",
+    "UMEM_MAX_BYTES",
+    "ZERO_COPY",
+    "DriverFacts",
+    "Interface",
+    "Offloads",
+    "QueueCounts",
+    "UmemCost",
+    "VethPeer",
+    "XdpFeatures",
+    "XdpProgram",
+    "bind_error",
+    "check_queue",
+    "format_bytes",
+    "frame_max_bytes",
+    "kernel_version",
+    "no_such_interface",
+    "open_xsk_socket",
+    "probe_bind",
+    "read_interface",
+    "umem_cost",
+    "warnings_for",
+]

@@ -6,14 +6,17 @@ Documentation/networking/af_xdp.rst and `linux/if_xdp.h`.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import mmap
 import socket
 import struct
+import time
 from typing import Final, Literal
 
 from mpassthru.errors import HostError
+from mpassthru.netdev import netdev_family
 
 AF_XDP: Final = 44
 SOL_XDP: Final = 283
@@ -42,6 +45,10 @@ _UMEM_REG: Final = struct.Struct("=QQIIII")
 """`struct xdp_umem_reg`: addr, len, chunk_size, headroom, flags, tx_metadata_len."""
 _SOCKADDR_XDP: Final = struct.Struct("=HHIII")
 """`struct sockaddr_xdp`: family, flags, ifindex, queue_id, shared_umem_fd."""
+
+_PROBE_PERIOD_S: Final = 0.005
+_RELEASE_UNSEEN_S: Final = 0.1
+"""How long to wait where the kernel does not show which queue has a socket: twice what was ever measured."""
 
 _BIND_FLAGS: Final[dict[Mode, int]] = {"copy": XDP_COPY, "zero-copy": XDP_ZEROCOPY}
 
@@ -106,6 +113,77 @@ def bind(sock: socket.socket, *, ifindex: int, queue_id: int, mode: Mode) -> Non
     if _libc.bind(sock.fileno(), address, len(address)):
         number = ctypes.get_errno()
         raise OSError(number, f"bind ({_errno_name(number)})")
+
+
+async def probe_bind(ifname: str, queue_id: int, mode: Mode, *, timeout_s: float = 2.0) -> None:
+    """Bind a socket to a queue and close it again: whether a guest could be given that queue.
+
+    A socket that was just closed holds its queue for some 50 ms, while the kernel takes its memory away; so "busy" is
+    believed only after `timeout_s`, and this probe's own socket is waited for.
+
+    Args:
+        ifname: Interface of the current network namespace.
+        queue_id: 0-based.
+        mode: `copy` disturbs nobody. `zero-copy` has the driver set the queue up anew, which on some NICs takes the
+            link down for seconds.
+        timeout_s: Seconds to wait for the queue, before and after.
+
+    Raises:
+        HostError: EBUSY if another socket has the queue, ENETDOWN if the interface is down, EOPNOTSUPP without
+            zero-copy, EINVAL if there is no such queue or the MTU does not fit, ENODEV without such an interface.
+    """
+    try:
+        ifindex = socket.if_nametoindex(ifname)
+    except OSError as error:  # which has no errno
+        raise bind_error(ifname, queue_id, errno.ENODEV) from error
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            _bind_and_close(ifindex, queue_id, mode)
+            break
+        except HostError:
+            raise
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise bind_error(ifname, queue_id, error.errno or 0) from error
+        await asyncio.sleep(_PROBE_PERIOD_S)
+    await _wait_released(ifname, ifindex, queue_id, timeout_s)
+
+
+def bind_error(ifname: str, queue_id: int, number: int) -> HostError:
+    """The error for a bind that the kernel refused with errno `number`."""
+    advice = {
+        errno.EBUSY: "another AF_XDP socket has this queue; end its program, or take another queue",
+        errno.ENETDOWN: f"the interface is down; 'ip link set dev {ifname} up'",
+        errno.ENODEV: "there is no such interface",
+        errno.EOPNOTSUPP: "its driver has no zero-copy mode; use copy mode",
+        errno.EINVAL: "it has no such queue, or its MTU does not fit; see 'mpassthru doctor'",
+        errno.ENOMEM: "the kernel has no memory for the pool; see 'mpassthru doctor' for the cost",
+    }.get(number, "see 'mpassthru doctor'")
+    return HostError(
+        number, f"cannot bind an AF_XDP socket to {ifname} queue {queue_id} ({_errno_name(number)}): {advice}"
+    )
+
+
+def _bind_and_close(ifindex: int, queue_id: int, mode: Mode) -> None:
+    with mmap.mmap(-1, 2 * CHUNK_SIZE_BYTES) as memory, open_xsk_socket() as sock:
+        register_umem(sock, memory)
+        set_ring_sizes(sock, 2)
+        bind(sock, ifindex=ifindex, queue_id=queue_id, mode=mode)
+
+
+async def _wait_released(ifname: str, ifindex: int, queue_id: int, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        queues = await netdev_family.xsk_queues(ifindex)
+        if queues is None:
+            await asyncio.sleep(_RELEASE_UNSEEN_S)
+            return
+        if queue_id not in queues:
+            return
+        if time.monotonic() > deadline:
+            raise bind_error(ifname, queue_id, errno.EBUSY)
+        await asyncio.sleep(_PROBE_PERIOD_S)
 
 
 def set_ring_sizes(sock: socket.socket, size_descs: int) -> None:

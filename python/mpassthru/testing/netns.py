@@ -175,7 +175,8 @@ def _setns(fd: int) -> None:
 
 def _refused(operation: str, number: int) -> HostError:
     name = errno.errorcode.get(number, str(number))
-    return HostError(number, f"cannot {operation} ({name}): run as root, or give CAP_SYS_ADMIN")
+    advice = "run as root, or give CAP_SYS_ADMIN" if number == errno.EPERM else "its block may have ended"
+    return HostError(number, f"cannot {operation} ({name}): {advice}")
 
 
 def _disable_ipv6() -> None:

@@ -1,0 +1,70 @@
+"""Whether an interface can carry a guest's frames: asked before anything is attached."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mpassthru.errors import RefusedError
+from mpassthru.netdev.af_xdp import CHUNK_SIZE_BYTES, XDP_PACKET_HEADROOM_BYTES
+from mpassthru.netdev.facts import Interface
+
+ETHERNET_OVERHEAD_BYTES: Final = 14 + 4
+"""Ethernet header and one VLAN tag; the FCS is not part of a frame here."""
+FRAME_MAX_BYTES: Final = CHUNK_SIZE_BYTES - XDP_PACKET_HEADROOM_BYTES
+"""The longest frame that one chunk can take."""
+MTU_MAX_BYTES: Final = FRAME_MAX_BYTES - ETHERNET_OVERHEAD_BYTES
+
+
+def frame_max_bytes(interface: Interface) -> int:
+    """The longest frame of the interface, without FCS.
+
+    Raises:
+        RefusedError: it does not fit one chunk; the message names the MTU that does.
+    """
+    frame_bytes = interface.mtu_bytes + ETHERNET_OVERHEAD_BYTES
+    if frame_bytes > FRAME_MAX_BYTES:
+        raise RefusedError(
+            f"cannot use {interface.name} with MTU {interface.mtu_bytes}: a frame of {frame_bytes} bytes does not fit "
+            f"one chunk; 'ip link set dev {interface.name} mtu {MTU_MAX_BYTES}' or less"
+        )
+    return frame_bytes
+
+
+def check_queue(interface: Interface, queue_id: int) -> None:
+    """Refuse a queue that the interface does not have.
+
+    Raises:
+        RefusedError: the message says which queues there are.
+    """
+    if 0 <= queue_id < interface.queues.rx:
+        return
+    more = "" if interface.queues.rx >= interface.queues.rx_max else f", of {interface.queues.rx_max} possible"
+    raise RefusedError(
+        f"cannot use queue {queue_id} of {interface.name}: it has {interface.queues.rx} receive queue(s){more}, "
+        f"numbered from 0; see 'ethtool -L {interface.name}'"
+    )
+
+
+def warnings_for(interface: Interface) -> list[str]:
+    """What will not stop a guest from being attached, but from getting its frames whole. One line each."""
+    name = interface.name
+    warnings: list[str] = []
+    if not interface.up:
+        warnings.append(f"{name} is down: 'ip link set dev {name} up'")
+    elif interface.operstate not in ("up", "unknown"):
+        warnings.append(f"{name} has no carrier (operstate {interface.operstate})")
+    if interface.offloads.rx_vlan_strip:
+        warnings.append(f"{name} strips VLAN tags, which the guest will not see: 'ethtool -K {name} rxvlan off'")
+    if interface.offloads.lro:
+        warnings.append(f"{name} merges received frames: 'ethtool -K {name} lro off'")
+    peer = interface.veth_peer
+    if peer and peer.unfinished_offloads:
+        warnings.append(
+            f"the veth peer {peer.ifname} sends frames without checksum: "
+            f"'ethtool -K {peer.ifname} tx off tso off gso off'"
+        )
+    if peer and peer.ifname is None:
+        warnings.append(
+            f"the veth peer of {name} is in another namespace: see there that 'ethtool -K IFACE tx off tso off gso off'"
+        )
+    return warnings

@@ -1,0 +1,117 @@
+"""Reads an `Interface`: rtnetlink for the link, NETDEV netlink for XDP, ethtool for the driver, sysfs for its place."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any, Final
+
+from pyroute2 import AsyncIPRoute
+from pyroute2.ethtool.ioctl import NoSuchDevice
+from pyroute2.netlink.exceptions import NetlinkError
+
+from mpassthru.errors import HostError
+from mpassthru.netdev import ethtool, netdev_family, pci
+from mpassthru.netdev.facts import Interface, VethPeer, XdpProgram, XdpProgramMode
+
+_IFF_UP: Final = 1
+_XDP_MODES: Final[dict[str, XdpProgramMode]] = {
+    "xdp": "native",
+    "xdpgeneric": "generic",
+    "xdpoffload": "offloaded",
+    "xdpmulti": "mixed",
+}
+
+
+async def read_interface(ifname: str) -> Interface:
+    """Everything that is known about an interface of the current network namespace.
+
+    Raises:
+        HostError: ENODEV if there is no such interface, or it goes away meanwhile.
+    """
+    try:
+        async with AsyncIPRoute() as route:
+            link = await _link(route, ifname)
+            veth_peer = await _veth_peer(route, link)
+        return await _describe(ifname, link, veth_peer)
+    except (OSError, NetlinkError, NoSuchDevice) as error:
+        if isinstance(error, NoSuchDevice) or _errno_of(error) == errno.ENODEV:
+            raise no_such_interface(ifname) from error
+        raise
+
+
+def no_such_interface(ifname: str) -> HostError:
+    """The error for an interface that is not there."""
+    return HostError(errno.ENODEV, f"cannot find interface {ifname} (ENODEV): 'ip link' lists those that exist")
+
+
+async def _link(route: AsyncIPRoute, ifname: str) -> Any:
+    if not 0 < len(ifname.encode()) < 16:  # IFNAMSIZ
+        raise no_such_interface(ifname)
+    links: list[Any] = list(await route.link("get", ifname=ifname))
+    if not links:
+        raise no_such_interface(ifname)
+    return links[0]
+
+
+async def _veth_peer(route: AsyncIPRoute, link: Any) -> VethPeer | None:
+    ifindex = link.get_attr("IFLA_LINK")
+    if link.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") != "veth" or not ifindex:
+        return None
+    if link.get_attr("IFLA_LINK_NETNSID") is not None:
+        return VethPeer(ifindex=ifindex, ifname=None)
+    peers: list[Any] = list(await route.link("get", index=ifindex))
+    ifname = peers[0].get_attr("IFLA_IFNAME")
+    return VethPeer(ifindex=ifindex, ifname=ifname, unfinished_offloads=ethtool.read_unfinished_offloads(ifname))
+
+
+async def _describe(ifname: str, link: Any, veth_peer: VethPeer | None) -> Interface:
+    ifindex = link["index"]
+    driver = ethtool.read_driver(ifname)
+    return Interface(
+        name=ifname,
+        ifindex=ifindex,
+        mac=link.get_attr("IFLA_ADDRESS") or "",
+        mtu_bytes=link.get_attr("IFLA_MTU"),
+        up=bool(link["flags"] & _IFF_UP),
+        operstate=(link.get_attr("IFLA_OPERSTATE") or "unknown").lower(),
+        driver=driver.name or link.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND"),
+        bus_address=driver.bus_address,
+        queues=ethtool.read_queues(
+            ifname, rx=link.get_attr("IFLA_NUM_RX_QUEUES") or 1, tx=link.get_attr("IFLA_NUM_TX_QUEUES") or 1
+        ),
+        offloads=ethtool.read_offloads(ifname),
+        xdp_program=_xdp_program(link),
+        xdp_features=await netdev_family.xdp_features(ifindex),
+        xsk_queues=await netdev_family.xsk_queues(ifindex) if _kernel_names_xsk_queues() else None,
+        iommu=pci.iommu_kind(driver.bus_address),
+        numa_node=pci.numa_node(driver.bus_address),
+        veth_peer=veth_peer,
+    )
+
+
+def _xdp_program(link: Any) -> XdpProgram | None:
+    mode = link.get_nested("IFLA_XDP", "IFLA_XDP_ATTACHED")
+    if mode is None:
+        return None
+    # Programs in several modes at once have an id each; the first is enough to say what is in the way.
+    attributes = dict(link.get_attr("IFLA_XDP")["attrs"])
+    ids = [attributes[name] for name in _XDP_ID_ATTRIBUTES if attributes.get(name)]
+    return XdpProgram(id=ids[0] if ids else 0, mode=_XDP_MODES.get(mode, "mixed"))
+
+
+_XDP_ID_ATTRIBUTES: Final = ("IFLA_XDP_PROG_ID", "IFLA_XDP_DRV_PROG_ID", "IFLA_XDP_SKB_PROG_ID", "IFLA_XDP_HW_PROG_ID")
+
+
+def _kernel_names_xsk_queues() -> bool:
+    return kernel_version(os.uname().release) >= netdev_family.XSK_ATTRIBUTE_SINCE
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    """Major and minor number of a kernel release such as ``6.18.44-amd64``."""
+    major, minor = release.split("-", 1)[0].split(".")[:2]
+    return int(major), int(minor.rstrip("+"))
+
+
+def _errno_of(error: Exception) -> int | None:
+    return error.code if isinstance(error, NetlinkError) else getattr(error, "errno", None)

@@ -1,0 +1,194 @@
+"""What an interface is refused or warned for, and what a guest is said to cost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mpassthru.errors import HostError, RefusedError
+from mpassthru.netdev import (
+    MTU_MAX_BYTES,
+    NO_ZERO_COPY,
+    UMEM_MAX_BYTES,
+    ZERO_COPY,
+    Interface,
+    Offloads,
+    QueueCounts,
+    VethPeer,
+    bind_error,
+    check_queue,
+    format_bytes,
+    frame_max_bytes,
+    kernel_version,
+    read_interface,
+    umem_cost,
+    warnings_for,
+)
+from mpassthru.netdev.pci import iommu_kind, numa_node
+
+PLAIN = Interface(
+    name="eth9",
+    ifindex=9,
+    mac="02:00:00:00:00:09",
+    mtu_bytes=1500,
+    up=True,
+    operstate="up",
+    driver="ixgbe",
+    bus_address="0000:3b:00.0",
+    queues=QueueCounts(rx=2, tx=2, rx_max=8, tx_max=8),
+    offloads=Offloads(rx_vlan_strip=False, lro=False, gro_hw=False),
+)
+
+
+def but(**changes: object) -> Interface:
+    return msgspec.structs.replace(PLAIN, **changes)
+
+
+def test_frame_is_mtu_with_ethernet_header_and_vlan_tag() -> None:
+    assert frame_max_bytes(PLAIN) == 1518
+
+
+def test_largest_mtu_fits_a_chunk_and_one_more_is_refused_with_the_mtu_that_fits() -> None:
+    assert frame_max_bytes(but(mtu_bytes=MTU_MAX_BYTES)) == 3840
+    with pytest.raises(RefusedError, match=r"eth9 with MTU 3823: .*mtu 3822'") as refusal:
+        frame_max_bytes(but(mtu_bytes=MTU_MAX_BYTES + 1))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("queue_id", [-1, 2])
+def test_queue_out_of_range_is_refused_with_the_queues_there_are(queue_id: int) -> None:
+    check_queue(PLAIN, 0)
+    check_queue(PLAIN, 1)
+    with pytest.raises(RefusedError, match=rf"queue {queue_id} of eth9: it has 2 receive queue\(s\), of 8 possible"):
+        check_queue(PLAIN, queue_id)
+
+
+def test_interface_in_order_has_no_warnings() -> None:
+    assert warnings_for(PLAIN) == []
+
+
+@pytest.mark.parametrize(
+    ("interface", "warning"),
+    [
+        (but(up=False), "eth9 is down: 'ip link set dev eth9 up'"),
+        (but(operstate="lowerlayerdown"), "no carrier"),
+        (but(offloads=Offloads(rx_vlan_strip=True, lro=False, gro_hw=False)), "rxvlan off"),
+        (but(offloads=Offloads(rx_vlan_strip=False, lro=True, gro_hw=False)), "lro off"),
+        (
+            but(veth_peer=VethPeer(ifindex=2, ifname="eth8", unfinished_offloads=("tx-checksum-ip-generic",))),
+            "'ethtool -K eth8 tx off",
+        ),
+        (but(veth_peer=VethPeer(ifindex=2, ifname=None)), "another namespace"),
+    ],
+)
+def test_each_trouble_is_warned_of_with_the_command_that_ends_it(interface: Interface, warning: str) -> None:
+    (line,) = warnings_for(interface)
+    assert warning in line
+
+
+def test_guest_of_4_gib_costs_what_the_kernel_facts_compute() -> None:
+    cost = umem_cost(4 << 30)
+    chunks = (cost.memlock_bytes) // 4096
+    assert chunks >= 1 << 20
+    assert cost.kernel_bytes_per_queue == chunks * (136 + 16)
+    assert cost.kernel_bytes_per_queue / (1 << 20) == pytest.approx(136 + 16, rel=0.01)
+
+
+def test_memlock_is_charged_per_queue_but_memory_is_pinned_once() -> None:
+    one, four = umem_cost(1 << 30), umem_cost(1 << 30, queues=4)
+    assert four.memlock_bytes == 4 * one.memlock_bytes
+    assert four.kernel_bytes == 4 * one.kernel_bytes
+    assert four.pinned_bytes < 1.1 * one.pinned_bytes
+
+
+def test_zero_copy_costs_the_dma_addresses_more() -> None:
+    more = umem_cost(1 << 30, zero_copy=True).kernel_bytes - umem_cost(1 << 30).kernel_bytes
+    assert more >= (1 << 18) * 16
+
+
+def test_guest_larger_than_a_umem_is_refused_with_the_largest_that_fits() -> None:
+    assert (64 << 30) - 2 * 4096 < UMEM_MAX_BYTES < 64 << 30
+    umem_cost(UMEM_MAX_BYTES - (16 << 20))
+    with pytest.raises(RefusedError, match=r"64 GiB of guest memory.*16777215 chunks.*at most 65519 MiB"):
+        umem_cost(64 << 30)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (4 << 30, "4 GiB"), (2048 << 30, "2048 GiB")]
+)
+def test_bytes_are_written_as_a_person_would(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("release", "version"), [("6.18.44-amd64", (6, 18)), ("5.11", (5, 11)), ("6.1+", (6, 1)), ("7.0-rc3", (7, 0))]
+)
+def test_kernel_release_is_read_whatever_follows_it(release: str, version: tuple[int, int]) -> None:
+    assert kernel_version(release) == version
+
+
+def test_bind_error_names_interface_queue_errno_and_way_out() -> None:
+    error = bind_error("eth9", 3, 16)
+    assert isinstance(error, HostError)
+    assert str(error) == (
+        "cannot bind an AF_XDP socket to eth9 queue 3 (EBUSY): "
+        "another AF_XDP socket has this queue; end its program, or take another queue"
+    )
+
+
+@pytest.mark.parametrize(
+    ("group_type", "kind"), [("identity", "identity"), ("DMA", "translating"), ("DMA-FQ", "translating")]
+)
+def test_iommu_kind_follows_the_groups_type(tmp_path: Path, group_type: str, kind: str) -> None:
+    group = tmp_path / "0000:3b:00.0" / "iommu_group"
+    group.mkdir(parents=True)
+    (group / "type").write_text(f"{group_type}\n")
+    assert iommu_kind("0000:3b:00.0", devices=tmp_path) == kind
+
+
+def test_no_iommu_group_is_no_iommu_and_an_untold_type_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "0000:3b:00.0").mkdir()
+    assert iommu_kind("0000:3b:00.0", devices=tmp_path) == "none"
+    assert iommu_kind(None, devices=tmp_path) == "none"
+    (tmp_path / "0000:3b:00.0" / "iommu_group").mkdir()
+    assert iommu_kind("0000:3b:00.0", devices=tmp_path) == "unknown"
+
+
+def test_numa_node_of_a_machine_with_one_is_none(tmp_path: Path) -> None:
+    device = tmp_path / "0000:3b:00.0"
+    device.mkdir()
+    assert numa_node("0000:3b:00.0", devices=tmp_path) is None
+    (device / "numa_node").write_text("-1\n")
+    assert numa_node("0000:3b:00.0", devices=tmp_path) is None
+    (device / "numa_node").write_text("1\n")
+    assert numa_node("0000:3b:00.0", devices=tmp_path) == 1
+
+
+def test_no_driver_is_listed_with_and_without_zero_copy() -> None:
+    assert not NO_ZERO_COPY & ZERO_COPY.keys()
+    assert all(facts.source_file.endswith(".c") for facts in ZERO_COPY.values())
+
+
+async def test_loopback_is_read_without_privileges() -> None:
+    interface = await read_interface("lo")
+    assert interface.ifindex == 1
+    assert interface.driver is None
+    assert interface.queues.rx == 1
+    assert interface.veth_peer is None
+
+
+@pytest.mark.parametrize("ifname", ["no-such-if", "a-name-longer-than-ifnamsiz", ""])
+async def test_interface_that_does_not_exist_is_named(ifname: str) -> None:
+    with pytest.raises(HostError, match=rf"cannot find interface {ifname} \(ENODEV\)") as refusal:
+        await read_interface(ifname)
+    assert refusal.value.errno == 19
+
+
+async def test_reading_an_interface_leaves_no_descriptor_open() -> None:
+    await read_interface("lo")
+    before = set(os.listdir("/proc/self/fd"))
+    await read_interface("lo")
+    assert set(os.listdir("/proc/self/fd")) == before
