@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 
-use mpassthru_steering::{
-    MacAddress, QueueCounters, Steer, SteeringError, SteeringProgram as Program, XdpMode,
-};
+use mpassthru_steering::{MacAddress, QueueCounters, Steer, SteeringError, SteeringProgram as Program, XdpMode};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -27,17 +25,11 @@ impl SteeringProgram {
             "native" => XdpMode::Native,
             "generic" => XdpMode::Generic,
             _ => {
-                return Err(PyValueError::new_err(format!(
-                    "xdp_mode is native or generic, not {xdp_mode:?}"
-                )));
+                return Err(PyValueError::new_err(format!("xdp_mode is native or generic, not {xdp_mode:?}")));
             }
         };
-        let program = py
-            .detach(|| Program::attach(ifindex, mode, queue_count))
-            .map_err(to_python)?;
-        Ok(Self {
-            program: Mutex::new(Some(program)),
-        })
+        let program = py.detach(|| Program::attach(ifindex, mode, queue_count)).map_err(to_python)?;
+        Ok(Self { program: Mutex::new(Some(program)) })
     }
 
     #[pyo3(signature = (queue_id, *, steer, mac = Vec::new(), broadcast = true, multicast = true))]
@@ -52,15 +44,9 @@ impl SteeringProgram {
     ) -> PyResult<()> {
         let steer = match steer {
             "passthru" => Steer::Passthru,
-            "mac" => Steer::Mac {
-                mac: station_address(&mac)?,
-                broadcast,
-                multicast,
-            },
+            "mac" => Steer::Mac { mac: station_address(&mac)?, broadcast, multicast },
             _ => {
-                return Err(PyValueError::new_err(format!(
-                    "steer is passthru or mac, not {steer:?}"
-                )));
+                return Err(PyValueError::new_err(format!("steer is passthru or mac, not {steer:?}")));
             }
         };
         self.with_program(py, |program| program.steer_queue(queue_id, steer))
@@ -72,9 +58,7 @@ impl SteeringProgram {
 
     fn set_socket(&self, py: Python<'_>, queue_id: u32, socket_fd: RawFd) -> PyResult<()> {
         if socket_fd < 0 {
-            return Err(PyValueError::new_err(format!(
-                "socket_fd is an open descriptor, not {socket_fd}"
-            )));
+            return Err(PyValueError::new_err(format!("socket_fd is an open descriptor, not {socket_fd}")));
         }
         // SAFETY: the descriptor is not -1, and is only passed to one system call, which refuses one that is not open.
         let socket = unsafe { BorrowedFd::borrow_raw(socket_fd) };
@@ -87,10 +71,7 @@ impl SteeringProgram {
 
     fn counters(&self, py: Python<'_>) -> PyResult<BTreeMap<u32, BTreeMap<&'static str, u64>>> {
         let counters = self.with_program(py, |program| program.counters())?;
-        Ok(counters
-            .into_iter()
-            .map(|(queue_id, counters)| (queue_id, by_name(counters)))
-            .collect())
+        Ok(counters.into_iter().map(|(queue_id, counters)| (queue_id, by_name(counters))).collect())
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
@@ -115,29 +96,20 @@ impl SteeringProgram {
         });
         match result {
             Some(result) => result.map_err(to_python),
-            None => Err(host_error(
-                libc::EBADF,
-                "the steering program is closed (EBADF): attach a new one".to_owned(),
-            )),
+            None => Err(host_error(libc::EBADF, "the steering program is closed (EBADF): attach a new one".to_owned())),
         }
     }
 
     fn take(&self) -> Option<Program> {
-        self.program
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.program.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
 fn station_address(mac: &[u8]) -> PyResult<MacAddress> {
-    let address: MacAddress = mac
-        .try_into()
-        .map_err(|_| PyValueError::new_err(format!("mac has 6 bytes, not {}", mac.len())))?;
+    let address: MacAddress =
+        mac.try_into().map_err(|_| PyValueError::new_err(format!("mac has 6 bytes, not {}", mac.len())))?;
     if address[0] & 1 == 1 {
-        return Err(PyValueError::new_err(
-            "mac is a group address; a guest's is not",
-        ));
+        return Err(PyValueError::new_err("mac is a group address; a guest's is not"));
     }
     Ok(address)
 }
