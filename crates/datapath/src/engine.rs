@@ -93,7 +93,8 @@ impl Engine {
         self.submit(pair, Command::Attach { socket, memory, umem_of, params })
     }
 
-    /// Takes everything back from a queue pair's socket and closes it.
+    /// Closes a queue pair's socket, once its frames have left or a time limit is over. Its buffers go back to the guest
+    /// when their virtqueue stops or the next socket is attached.
     ///
     /// # Errors
     /// No such queue pair.
@@ -118,7 +119,7 @@ impl Engine {
         self.submit(index / 2, Command::Start { tx: is_tx(index), memory, config: Box::new(config) })
     }
 
-    /// Stops a virtqueue; the event's value is its base.
+    /// Stops a virtqueue; the event's value is its base. EBUSY while a socket has buffers of it: detach that first.
     ///
     /// # Errors
     /// No such vring.
@@ -169,7 +170,8 @@ impl Engine {
         (rx, tx)
     }
 
-    /// Stops the threads: every buffer is given back, every socket closed, guest memory unmapped. May be called twice.
+    /// Stops the threads: every socket is closed and guest memory unmapped. Virtqueues that still run are left as a
+    /// crash would leave them; stop them first. May be called twice.
     pub fn close(&self) {
         let threads: Vec<_> = self
             .pumps

@@ -25,8 +25,14 @@ reasons! {
         ShortBuffer => "short_buffer",
         /// rx: the buffer's first piece is too short, the rest lies elsewhere.
         SplitBuffer => "split_buffer",
+        /// The memory is not contiguous for the device (zero-copy mode).
+        NotContiguous => "not_contiguous",
+        /// The driver's rules do not allow guest memory (zero-copy mode).
+        DriverUnproven => "driver_unproven",
         /// rx: the kernel placed the frame at an unexpected offset.
         Shifted => "shifted",
+        /// tx: shorter than the driver takes; padded.
+        ShortFrame => "short_frame",
         /// tx: the chain has more pieces than a packet may have descriptors.
         TooManyPieces => "too_many_pieces",
         /// tx: another frame in flight has an address that its completion could be mistaken for.

@@ -102,7 +102,7 @@ impl SocketConfig {
         let layout = UmemLayout::for_frames(frame_max_bytes).ok_or_else(|| {
             PyValueError::new_err(format!("frames of {frame_max_bytes} bytes do not fit a chunk of 4096 bytes"))
         })?;
-        Ok(Self { socket_fd, params: SocketParams { ifindex, queue_id, mode, layout } })
+        Ok(Self { socket_fd, params: SocketParams { ifindex, queue_id, mode, layout, zero_copy_rules: None } })
     }
 }
 

@@ -149,6 +149,23 @@ impl GuestMemory {
         })
     }
 
+    /// Page size of the memory at an address: that of its file, or of our slabs. `hint` as in `translate`.
+    #[inline]
+    pub fn page_bytes(&self, addr: UmemAddr, hint: usize) -> u64 {
+        let holds = |region: &Region| addr.0.wrapping_sub(region.umem.0) < region.size_bytes;
+        match self.regions.get(hint) {
+            Some(region) if holds(region) => region.page_bytes,
+            _ => self.regions.iter().find(|region| holds(region)).map_or(PAGE_BYTES, |region| region.page_bytes),
+        }
+    }
+
+    /// Distance of an address from the start of the page of `page_bytes` that it lies in. Huge pages are aligned in our
+    /// address space, not in the UMEM.
+    #[inline]
+    pub fn offset_in_page(&self, addr: UmemAddr, page_bytes: u64) -> u64 {
+        (self.base.as_ptr() as u64 + addr.0) & (page_bytes - 1)
+    }
+
     /// Host address of a byte. Anything done with it must stay inside the mapping.
     #[inline]
     pub(crate) fn ptr(&self, addr: UmemAddr) -> *mut u8 {

@@ -25,7 +25,8 @@ pub enum Command {
         /// What to bind to.
         params: SocketParams,
     },
-    /// Take everything back and close the socket.
+    /// Let frames leave and close the socket. Its buffers stay ours until a virtqueue stops or a socket is attached:
+    /// in zero-copy mode the NIC may still write to them, until its queue is seen free.
     Detach,
     /// Run a virtqueue.
     Start {
@@ -36,7 +37,7 @@ pub enum Command {
         /// How.
         config: Box<VringConfig>,
     },
-    /// Stop a virtqueue; value: its base.
+    /// Stop a virtqueue; value: its base. Refused with EBUSY while a socket has buffers of it.
     Stop {
         /// Which.
         tx: bool,
@@ -67,7 +68,7 @@ pub enum Command {
         /// The frame, without FCS.
         frame: Vec<u8>,
     },
-    /// Take everything back, close the socket, end the thread.
+    /// Close the socket and end the thread.
     Quit,
 }
 

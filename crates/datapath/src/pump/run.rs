@@ -258,7 +258,8 @@ impl Pump {
     fn execute(&mut self, command: Command) -> Result<u64, Error> {
         match command {
             Command::Attach { socket, memory, umem_of, params } => self.attach(socket, memory, umem_of, &params),
-            Command::Detach | Command::Quit => self.detach(),
+            // Virtqueues that were not stopped before the end are left as a crash would leave them.
+            Command::Detach | Command::Quit => Ok(self.detach()),
             Command::Start { tx, memory, config } => self.start(tx, memory, *config),
             Command::Stop { tx } => self.stop(tx),
             Command::Enable { tx, enabled } => self.with_vring(tx, |vring| vring.enabled = enabled),
@@ -284,6 +285,7 @@ impl Pump {
         if self.xsk.is_some() {
             return Err(Error::Refused(format!("queue pair {} has a socket already; detach it first", self.pair)));
         }
+        self.reclaim();
         let xsk = XskSocket::bind(socket, &memory, umem_of.as_ref(), params)?;
         let mode = xsk.mode();
         self.flight.start(mode);
@@ -293,8 +295,8 @@ impl Pump {
         Ok(u64::from(mode == BindMode::ZeroCopy))
     }
 
-    /// Lets frames leave, then closes the socket and gives back what it had.
-    fn detach(&mut self) -> Result<u64, Error> {
+    /// Lets frames leave, then closes the socket. What it had stays taken until [`reclaim`](Self::reclaim).
+    fn detach(&mut self) -> u64 {
         self.drain();
         if let Some(xsk) = self.xsk.take() {
             let shared = self.view.socket.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -305,10 +307,16 @@ impl Pump {
             // Unmaps the rings, then closes: after that the kernel writes no guest memory in copy mode.
             drop(xsk);
         }
-        if let Some(rx) = &mut self.rx {
-            rx.recall(&mut self.rx_slab);
-        } else {
-            self.rx_slab.reset();
+        self.memory = None;
+        0
+    }
+
+    /// Gives back to the guest what a closed socket had.
+    fn reclaim(&mut self) {
+        debug_assert!(self.xsk.is_none(), "only a closed socket has let go of its buffers");
+        match &mut self.rx {
+            Some(rx) => rx.recall(&mut self.rx_slab),
+            None => self.rx_slab.reset(),
         }
         let tx = &mut self.tx;
         self.flight.abandon(|head| {
@@ -319,8 +327,6 @@ impl Pump {
         if let Some(tx) = &mut self.tx {
             tx.vring.flush();
         }
-        self.memory = None;
-        Ok(0)
     }
 
     /// Waits, for a limited time, until the kernel has sent what it was given.
@@ -365,22 +371,33 @@ impl Pump {
         if tx {
             self.tx.as_ref().ok_or(stopped)?;
             self.drain();
-            if !self.flight.is_empty() {
-                self.detach()?;
-            }
+            self.let_go(tx, !self.flight.is_empty())?;
             let tx = self.tx.take();
             Ok(tx.map_or(0, |tx| u64::from(tx.vring.queue.next_avail())))
         } else {
             let rx = self.rx.as_mut().ok_or(stopped)?;
-            if rx.kernel_has_buffers() || self.rx_slab.used() > 0 {
-                // Posted buffers come back only by closing the socket (kernel-facts, section 3).
-                self.detach()?;
-            } else {
+            let kernel_has_buffers = rx.kernel_has_buffers() || self.rx_slab.used() > 0;
+            self.let_go(tx, kernel_has_buffers)?;
+            if let Some(rx) = &mut self.rx {
                 rx.recall(&mut self.rx_slab);
             }
             let rx = self.rx.take();
             Ok(rx.map_or(0, |rx| u64::from(rx.vring.queue.next_avail())))
         }
+    }
+
+    /// Makes sure that no socket has buffers of a queue that stops: posted ones come back only by closing it
+    /// (kernel-facts, section 3).
+    fn let_go(&mut self, tx: bool, kernel_has_buffers: bool) -> Result<(), Error> {
+        if !kernel_has_buffers {
+            return Ok(());
+        }
+        if self.xsk.is_some() {
+            let what = format!("cannot stop vring {}: the kernel has buffers of it", self.index(tx));
+            return Err(HostError::new(libc::EBUSY, what, "detach its socket first").into());
+        }
+        self.reclaim();
+        Ok(())
     }
 
     fn with_vring(&mut self, tx: bool, change: impl FnOnce(&mut Vring)) -> Result<u64, Error> {

@@ -13,21 +13,22 @@ use std::collections::VecDeque;
 
 use super::inflight::InFlight;
 use super::slab::Slab;
-use super::vring::Vring;
+use super::vring::{HEADER_BYTES_MAX, Vring};
 use crate::error::QueueFault;
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::virtqueue::{CHAIN_DESCS_MAX, Direction};
-use crate::xsk::{RX_RING_DESCS, RxDesc, UmemLayout, XskSocket};
+use crate::xsk::{CHUNK_BYTES, RX_RING_DESCS, RxDesc, XskSocket};
 
 /// Frames handled before the other direction gets its turn.
 const BURST: u32 = 64;
 /// Segments of waiting heads that are remembered; a guest with longer chains has fewer heads waiting.
 const WAITING_SEGMENTS_MAX: usize = 4 * RX_RING_DESCS as usize;
 
-/// virtio_net_hdr with num_buffers = 1; no checksum or segmentation was negotiated, so all else is 0.
-const HEADER: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
-const NUM_BUFFERS_OFFSET: u64 = 10;
+/// virtio_net_hdr_v1_hash with num_buffers = 1. No checksum or segmentation was negotiated and no hash is reported
+/// (VIRTIO_NET_HASH_REPORT_NONE), so all else is 0.
+const HEADER: [u8; HEADER_BYTES_MAX] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 
 /// A guest buffer in the fill ring.
 #[derive(Debug, Clone, Copy, Default)]
@@ -158,7 +159,7 @@ impl Rx {
         };
         counts.bounced(desc.len, self.waiting[0].reason);
         let mut header = HEADER;
-        header[NUM_BUFFERS_OFFSET as usize..].copy_from_slice(&(heads as u16).to_le_bytes());
+        header[NUM_BUFFERS].copy_from_slice(&(heads as u16).to_le_bytes());
         let mut left = Frame { header: &header[..self.vring.header_len as usize], at: desc.frame, len: desc.len };
         for _ in 0..heads {
             let Some(head) = self.waiting.pop_front() else { break };
@@ -206,7 +207,7 @@ impl Rx {
                 self.vring.queue.untake(1);
                 return Err(fault);
             }
-            match fit(&self.chain, self.vring.header_len, xsk.layout) {
+            match self.fit(xsk) {
                 Fit::Direct { header, frame } => {
                     let fill = xsk.layout.fill_address(frame);
                     self.posted.insert(fill, Posted { head, position, header });
@@ -226,6 +227,52 @@ impl Rx {
         }
         self.post_slab_frames(xsk, slab);
         Ok(taken)
+    }
+
+    /// Decides whether a frame can land in the guest's own memory (kernel-facts, section 10).
+    #[inline]
+    fn fit(&self, xsk: &XskSocket) -> Fit {
+        let header_len = self.vring.header_len;
+        let Some(first) = self.chain.first().filter(|_| capacity_bytes(&self.chain) >= header_len) else {
+            return Fit::Useless;
+        };
+        if first.len > header_len {
+            let frame = first.addr.plus(u64::from(header_len));
+            match self.takes(xsk, frame, first.len - header_len) {
+                Ok(()) => return Fit::Direct { header: first.addr, frame },
+                Err(reason) if self.chain.len() == 1 => return Fit::Bounce(reason),
+                Err(_) => return Fit::Bounce(BounceReason::SplitBuffer),
+            }
+        }
+        match self.chain.get(1) {
+            // The header has a descriptor of its own (legacy drivers, big mode): nothing may be written before the frame.
+            Some(second) if first.len == header_len && xsk.rules.rx_write_before == 0 => {
+                match self.takes(xsk, second.addr, second.len) {
+                    Ok(()) => Fit::Direct { header: first.addr, frame: second.addr },
+                    Err(reason) => Fit::Bounce(reason),
+                }
+            }
+            Some(_) => Fit::Bounce(BounceReason::SplitBuffer),
+            None => Fit::Bounce(BounceReason::ShortBuffer),
+        }
+    }
+
+    /// Whether `room` bytes at `frame` can be given to the kernel, or why not.
+    #[inline]
+    fn takes(&self, xsk: &XskSocket, frame: UmemAddr, room: u32) -> Result<(), BounceReason> {
+        let rules = &xsk.rules;
+        if !rules.direct || rules.rx_write_before > self.vring.header_len {
+            return Err(BounceReason::DriverUnproven);
+        }
+        if !rules.write_stays_inside(frame, room) {
+            return Err(BounceReason::ShortBuffer);
+        }
+        let fill = xsk.layout.fill_address(frame);
+        let queue = &self.vring.queue;
+        if !rules.is_contiguous(queue.memory(), fill, CHUNK_BYTES, frame, queue.region_hint()) {
+            return Err(BounceReason::NotContiguous);
+        }
+        Ok(())
     }
 
     fn wait(&mut self, head: u16, position: u16, reason: BounceReason) {
@@ -271,26 +318,6 @@ impl Rx {
 #[inline]
 fn capacity_bytes(chain: &[Segment]) -> u32 {
     chain.iter().fold(0u32, |sum, segment| sum.saturating_add(segment.len))
-}
-
-/// Decides whether a frame can land in the guest's own memory (kernel-facts, section 10, copy mode).
-#[inline]
-fn fit(chain: &[Segment], header_len: u32, layout: UmemLayout) -> Fit {
-    let Some(first) = chain.first() else { return Fit::Useless };
-    if capacity_bytes(chain) < header_len {
-        return Fit::Useless;
-    }
-    if first.len >= header_len + layout.frame_max {
-        return Fit::Direct { header: first.addr, frame: first.addr.plus(u64::from(header_len)) };
-    }
-    match chain.get(1) {
-        // The header has a descriptor of its own (legacy drivers, big mode).
-        Some(second) if first.len == header_len && second.len >= layout.frame_max => {
-            Fit::Direct { header: first.addr, frame: second.addr }
-        }
-        Some(_) => Fit::Bounce(BounceReason::SplitBuffer),
-        None => Fit::Bounce(BounceReason::ShortBuffer),
-    }
 }
 
 /// The part of a frame that is still to be copied: header bytes of ours, then payload in the slab.

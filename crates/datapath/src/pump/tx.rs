@@ -13,12 +13,12 @@ use crate::error::QueueFault;
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::virtqueue::{CHAIN_DESCS_MAX, Direction};
-use crate::xsk::{BindMode, CHUNK_BYTES, COMPLETION_RING_DESCS, FRAME_BYTES_MAX, TX_RING_DESCS, UmemLayout, XskSocket};
+use crate::xsk::{BindMode, CHUNK_BYTES, COMPLETION_RING_DESCS, FRAME_BYTES_MAX, TX_RING_DESCS, XskSocket};
 
 /// Frames handled before the other direction gets its turn.
 const BURST: u32 = 64;
 /// Ethernet header: the shortest frame that has addresses.
-const FRAME_BYTES_MIN: u32 = 14;
+const ETHERNET_HEADER_BYTES: u32 = 14;
 
 // A piece is never longer than a frame, so the kernel's limit of one chunk per descriptor always holds.
 const _: () = assert!(FRAME_BYTES_MAX as u64 <= CHUNK_BYTES, "every piece fits a tx descriptor");
@@ -227,7 +227,7 @@ impl Tx {
     fn send_chain(&mut self, head: u16, xsk: &mut XskSocket, flight: &mut TxInFlight, counts: &mut Counts) -> bool {
         let pieces = strip_header(&mut self.chain, self.vring.header_len);
         let len = pieces.iter().fold(0u32, |sum, piece| sum.saturating_add(piece.len));
-        match judge(pieces, len, self.vring.enabled, xsk, flight) {
+        match judge(&self.vring, pieces, len, xsk, flight) {
             Verdict::Drop(reason) => {
                 counts.dropped(reason);
                 self.vring.queue.push_used(head, 0);
@@ -244,8 +244,11 @@ impl Tx {
                     return false;
                 }
                 let Some(frame) = flight.slab.take() else { return false };
-                gather(self.vring.queue.memory(), pieces, frame, counts);
-                flight.send(xsk, &[Segment { addr: frame, len }], Owner::Slab { frame });
+                let memory = self.vring.queue.memory();
+                gather(memory, pieces, frame, counts);
+                let padded = len.max(xsk.rules.tx_frame_min);
+                memory.zero(frame.plus(u64::from(len)), padded - len);
+                flight.send(xsk, &[Segment { addr: frame, len: padded }], Owner::Slab { frame });
                 counts.bounced(len, reason);
                 self.vring.queue.push_used(head, 0);
             }
@@ -278,16 +281,26 @@ fn strip_header(chain: &mut [Segment], header_len: u32) -> &[Segment] {
 }
 
 #[inline]
-fn judge(pieces: &[Segment], len: u32, enabled: bool, xsk: &XskSocket, flight: &TxInFlight) -> Verdict {
-    let UmemLayout { frame_max } = xsk.layout;
-    if !enabled {
+fn judge(vring: &Vring, pieces: &[Segment], len: u32, xsk: &XskSocket, flight: &TxInFlight) -> Verdict {
+    let rules = &xsk.rules;
+    let scattered = |piece: &Segment| {
+        let queue = &vring.queue;
+        !rules.is_contiguous(queue.memory(), piece.addr, u64::from(piece.len), piece.addr, queue.region_hint())
+    };
+    if !vring.enabled {
         Verdict::Drop(DropReason::Disabled)
-    } else if len < FRAME_BYTES_MIN {
+    } else if len < ETHERNET_HEADER_BYTES {
         Verdict::Drop(DropReason::Runt)
-    } else if len > frame_max {
+    } else if len > rules.tx_frame_max {
         Verdict::Drop(DropReason::Oversize)
-    } else if pieces.len() > xsk.tx_pieces_max() {
+    } else if !rules.direct {
+        Verdict::Bounce(BounceReason::DriverUnproven)
+    } else if len < rules.tx_frame_min {
+        Verdict::Bounce(BounceReason::ShortFrame)
+    } else if pieces.len() > rules.tx_pieces_max {
         Verdict::Bounce(BounceReason::TooManyPieces)
+    } else if pieces.iter().any(scattered) {
+        Verdict::Bounce(BounceReason::NotContiguous)
     } else if pieces.iter().any(|piece| flight.is_ambiguous(piece.addr)) {
         Verdict::Bounce(BounceReason::AddressAlias)
     } else {

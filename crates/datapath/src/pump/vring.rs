@@ -10,6 +10,21 @@ use crate::virtqueue::{QueueConfig, SplitQueue};
 const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
 const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+const VIRTIO_NET_F_HASH_REPORT: u64 = 1 << 57;
+
+/// Longest virtio-net header: with a hash report.
+pub(super) const HEADER_BYTES_MAX: usize = 20;
+
+/// Length of the virtio-net header that these features make (VIRTIO 1.3 §5.1.6): the hash is the last part, and
+/// num_buffers is there with MRG_RXBUF, or always from VIRTIO 1.0 on.
+fn header_len(features: u64) -> u32 {
+    let has = |bits| features & bits != 0;
+    match () {
+        () if has(VIRTIO_NET_F_HASH_REPORT) => HEADER_BYTES_MAX as u32,
+        () if has(VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF) => 12,
+        () => 10,
+    }
+}
 
 /// A virtqueue as vhost-user hands it over.
 #[derive(Debug)]
@@ -47,8 +62,6 @@ impl Vring {
     pub fn new(memory: Arc<GuestMemory>, config: VringConfig) -> Result<Self, Error> {
         let event_idx = config.features & VIRTIO_RING_F_EVENT_IDX != 0;
         let mergeable = config.features & VIRTIO_NET_F_MRG_RXBUF != 0;
-        // num_buffers is part of the header with MRG_RXBUF, or always from VIRTIO 1.0 on.
-        let long_header = mergeable || config.features & VIRTIO_F_VERSION_1 != 0;
         Ok(Self {
             queue: SplitQueue::new(memory, &QueueConfig { event_idx, ..config.queue })?,
             enabled: config.enabled,
@@ -56,7 +69,7 @@ impl Vring {
             kick: config.kick,
             call: config.call,
             err: config.err,
-            header_len: if long_header { 12 } else { 10 },
+            header_len: header_len(config.features),
             mergeable,
         })
     }

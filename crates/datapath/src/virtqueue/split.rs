@@ -97,6 +97,12 @@ impl SplitQueue {
         &self.memory
     }
 
+    /// The region of memory that translated last, as a hint for the next look-up.
+    #[inline]
+    pub fn region_hint(&self) -> usize {
+        self.region_hint
+    }
+
     /// Number of descriptors.
     pub fn size(&self) -> u16 {
         self.size

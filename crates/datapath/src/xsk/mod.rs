@@ -5,7 +5,10 @@
 //! `4096 - 256 - headroom` bytes of it (kernel-facts, sections 3 and 5; `include/net/xsk_buff_pool.h`).
 
 mod ring;
+mod rules;
 mod socket;
+
+pub use rules::{Contiguity, DriverRules};
 
 pub use socket::{
     BindMode, COMPLETION_RING_DESCS, RX_RING_DESCS, SharedFd, SocketParams, Statistics, TX_RING_DESCS, XskSocket,

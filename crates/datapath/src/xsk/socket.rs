@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::ring::{Consumer, Producer};
-use super::{CHUNK_BYTES, RxDesc, UmemLayout};
+use super::{CHUNK_BYTES, DriverRules, RxDesc, UmemLayout};
 use crate::error::{Error, HostError};
 use crate::guest_memory::{GuestMemory, UmemAddr};
 
@@ -45,6 +45,8 @@ pub struct SocketParams {
     pub mode: BindMode,
     /// Layout of the UMEM.
     pub layout: UmemLayout,
+    /// The driver's limits, for zero-copy mode; copy mode has its own.
+    pub zero_copy_rules: Option<DriverRules>,
 }
 
 /// A socket's descriptor where other threads may look at it: statistics, and other sockets that share its UMEM.
@@ -69,12 +71,12 @@ pub struct Statistics {
 #[derive(Debug)]
 pub struct XskSocket {
     pub(crate) layout: UmemLayout,
+    pub(crate) rules: DriverRules,
     mode: BindMode,
     fill: Producer<u64>,
     completion: Consumer<u64>,
     rx: Consumer<libc::xdp_desc>,
     tx: Producer<libc::xdp_desc>,
-    tx_pieces_max: usize,
     raw_fd: RawFd,
     /// Last, so that it is dropped after the rings.
     fd: ClosingFd,
@@ -130,9 +132,15 @@ impl XskSocket {
                 params.ifindex, params.queue_id, params.mode
             )));
         }
-        let tx_pieces_max = tx_pieces_max(mode);
+        let rules = match (mode, params.zero_copy_rules) {
+            (BindMode::Copy, _) => DriverRules::copy_mode(params.layout.frame_max, copy_mode_pieces_max()),
+            (BindMode::ZeroCopy, Some(rules)) => rules,
+            (BindMode::ZeroCopy, None) => {
+                return Err(Error::Refused("zero-copy mode needs the driver's rules: guest memory is at stake".into()));
+            }
+        };
         let fd = ClosingFd(Arc::new(Mutex::new(Some(fd))));
-        Ok(Self { layout: params.layout, mode, fill, completion, rx, tx, tx_pieces_max, raw_fd, fd })
+        Ok(Self { layout: params.layout, rules, mode, fill, completion, rx, tx, raw_fd, fd })
     }
 
     /// How it was bound, as the kernel says (XDP_OPTIONS).
@@ -148,11 +156,6 @@ impl XskSocket {
     /// The descriptor, for statistics and for sockets that share the UMEM.
     pub fn shared_fd(&self) -> SharedFd {
         Arc::clone(&self.fd.0)
-    }
-
-    /// Most descriptors that one packet may have.
-    pub fn tx_pieces_max(&self) -> usize {
-        self.tx_pieces_max
     }
 
     /// Room in the fill ring, at least `wanted` if there is that much.
@@ -372,10 +375,9 @@ fn bound_mode(fd: RawFd) -> Result<BindMode, HostError> {
     Ok(if options.flags & libc::XDP_OPTIONS_ZEROCOPY != 0 { BindMode::ZeroCopy } else { BindMode::Copy })
 }
 
-/// Packets of several descriptors came with Linux 6.6; before, the option bit made a descriptor invalid. In zero-copy
-/// mode each driver has its own limit; one piece is right for all.
-fn tx_pieces_max(mode: BindMode) -> usize {
-    if mode == BindMode::Copy && kernel_version() >= (6, 6) { TX_PIECES_COPY_MODE } else { 1 }
+/// Packets of several descriptors came with Linux 6.6; before, the option bit made a descriptor invalid.
+fn copy_mode_pieces_max() -> usize {
+    if kernel_version() >= (6, 6) { TX_PIECES_COPY_MODE } else { 1 }
 }
 
 fn kernel_version() -> (u32, u32) {
