@@ -6,6 +6,8 @@ Numbers named `*_address` are in the address space that the name says.
 
 from typing import Literal, final
 
+from mpassthru.testing.guest import GuestConfig, Source
+
 VringIndex = int
 """0-based: rx of queue pair n is 2n, tx is 2n + 1 (VIRTIO 1.3 section 5.1.2)."""
 
@@ -97,14 +99,18 @@ class Engine:
     def attach_socket(self, queue_pair: int, config: SocketConfig) -> int:
         """Register the UMEM on the socket, map its rings and bind it; the event's value is 1 for zero-copy, 0 for copy."""
     def detach_socket(self, queue_pair: int) -> int:
-        """Give every buffer back to its virtqueue, unmap the rings and close the socket. Value: 0."""
+        """Let frames leave, unmap the rings and close the socket. Value: 0.
+
+        Its buffers go back to the guest when their virtqueue stops, or when the next socket is attached: in zero-copy
+        mode the NIC may write to them until the queue is seen free.
+        """
     def start_vring(self, index: int, config: VringConfig) -> int:
         """Start a virtqueue. Value: 0."""
     def stop_vring(self, index: int) -> int:
         """Stop a virtqueue; value: the ring base (next avail index).
 
-        Stopping an rx virtqueue with buffers in the kernel's hands detaches the socket too, for only closing it
-        gives them back; `socket_attached` tells.
+        Fails with HostError EBUSY while a socket has buffers of it, for only closing the socket gives those back:
+        detach it, then stop again.
         """
     def set_vring_enabled(self, index: int, enabled: bool) -> int: ...
     def set_vring_call(self, index: int, fd: int) -> int:
@@ -116,7 +122,9 @@ class Engine:
     def counters(self) -> dict[str, object]:
         """The port's counters as plain data, shaped as `mpassthru.report.PortReport`'s `rx` and `tx`."""
     def close(self) -> None:
-        """Stop the threads, give every buffer back, close every socket, unmap guest memory."""
+        """Stop the threads, close every socket, unmap guest memory. Stop the virtqueues first: one that still runs is left
+        as a crash would leave it.
+        """
 
 # ---- steering: the XDP program (crates/steering) -----------------------------------------------------------
 
@@ -149,3 +157,98 @@ class SteeringProgram:
     def counters(self) -> dict[int, dict[str, int]]:
         """By claimed queue: `redirected`, `passed`, and drops as `dropped_no_guest`, ... (see bpf/README.md)."""
     def close(self) -> None: ...
+
+# ---- testing: the built-in guest (crates/testing); use mpassthru.testing -----------------------------------
+
+@final
+class GuestDriver:
+    """Memory, rings and driver threads of the built-in guest: the half of it that is not vhost-user.
+
+    A queue pair is driven by a thread of its own once started. Addresses are guest-physical.
+    """
+
+    def __new__(cls, config: GuestConfig, features: int) -> GuestDriver:
+        """Make memory, lay out rings and buffers, post every rx buffer. `features` are those negotiated.
+
+        Raises:
+            RefusedError: the parts of the configuration do not fit together.
+            HostError: no such memory, or not enough of it.
+        """
+    def regions(self) -> list[tuple[int, int, int, int, int]]:
+        """Guest-physical address, size in bytes, user address, mmap offset and fd (which stays the driver's)."""
+    def ring(self, index: VringIndex) -> GuestRing: ...
+    def start(
+        self,
+        queue_pair: int,
+        *,
+        rx: Literal["idle", "sink", "echo", "check"],
+        source: Source | None = None,
+        polling: bool | None = None,
+    ) -> None:
+        """Run a queue pair; one that runs changes its roles. `polling` None is the configuration's."""
+    def park(self) -> None:
+        """End every thread. Posted buffers stay posted."""
+    def settle(self, bases: list[int]) -> None:
+        """Park, and count as violations what a device that stopped at these ring bases still owes."""
+    def reset(self) -> None:
+        """Park, clear the rings and post every rx buffer anew, from ring base 0. Counters go on."""
+    def counters(self, queue_pair: int | None = None) -> dict[str, int]:
+        """One queue pair's counters, or the sum; `check_*` are always over all queue pairs."""
+    def violations(self, queue_pair: int | None = None) -> dict[str, int]:
+        """What the device did that no device may do, by name."""
+    def changed_gap_bytes(self) -> int:
+        """Changed bytes of memory that is neither ring nor buffer. Needs `canaries`."""
+    def take_captured(self) -> list[bytes]: ...
+    def read(self, guest_phys_address: int, length: int) -> bytes: ...
+    def write(self, guest_phys_address: int, data: bytes) -> None: ...
+
+@final
+class GuestRing:
+    """One virtqueue of the built-in guest, field by field and without any check: for tests that misbehave.
+
+    Slots and indices are taken modulo the ring's size; flags are VIRTQ_DESC_F_* and so on (VIRTIO 1.3 section 2.7).
+    """
+
+    @property
+    def index(self) -> VringIndex: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def desc_address(self) -> int: ...
+    @property
+    def avail_address(self) -> int: ...
+    @property
+    def used_address(self) -> int: ...
+    def user_address(self, guest_phys_address: int) -> int:
+        """The front-end's user address of a guest-physical one."""
+    @property
+    def kick_fd(self) -> int: ...
+    @property
+    def call_fd(self) -> int: ...
+    @property
+    def err_fd(self) -> int: ...
+    def kick(self) -> None: ...
+    def set_descriptor(self, index: int, *, address: int, length: int, flags: int = 0, next: int = 0) -> None: ...
+    def set_indirect_descriptor(
+        self, table_address: int, index: int, *, address: int, length: int, flags: int = 0, next: int = 0
+    ) -> None: ...
+    def descriptor(self, index: int) -> tuple[int, int, int, int]:
+        """Address, length, flags and next."""
+    def set_avail_entry(self, slot: int, head: int) -> None: ...
+    @property
+    def avail_idx(self) -> int: ...
+    def set_avail_idx(self, index: int) -> None: ...
+    def set_avail_flags(self, flags: int) -> None: ...
+    def set_used_event(self, index: int) -> None: ...
+    @property
+    def used_idx(self) -> int: ...
+    def used_entry(self, slot: int) -> tuple[int, int]:
+        """Id and length."""
+    @property
+    def used_flags(self) -> int: ...
+    @property
+    def avail_event(self) -> int: ...
+    def take_calls(self) -> int:
+        """Call notifications since last taken. A running queue pair that sleeps takes them itself."""
+    def take_errors(self) -> int:
+        """Times the device announced, on the err eventfd, that it gave the queue up; since last taken."""

@@ -23,9 +23,6 @@ from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.privileges import CAP_IPC_LOCK, effective_capabilities
 from mpassthru.worker.socket_client import SocketClient
 
-BIND_TIMEOUT_S: Final = 1.5
-"""How long a queue may be busy: the kernel lets go of an earlier socket 30-60 ms after its end."""
-BIND_PAUSE_S: Final = 0.02
 FRAME_MIN_BYTES: Final = 60
 ETHERTYPE_RARP: Final = 0x8035
 
@@ -144,12 +141,15 @@ class PortDevice:
         """Stop a virtqueue; its base is returned when every buffer has come back."""
         if index not in self._running:
             return 0  # its start was cancelled before the engine heard of it
-        attached = self._engine.socket_attached(index // 2)
         self._running.discard(index)
-        base = await self._engine.stop_vring(index)
-        if attached and not self._engine.socket_attached(index // 2):
-            self._sockets.released(index // 2)
-        return base
+        try:
+            return await self._engine.stop_vring(index)
+        except HostError as error:
+            if error.errno != errno.EBUSY:
+                raise
+        # The kernel has buffers of it; only closing the socket brings them back.
+        await self.give_up_socket(index // 2)
+        return await self._engine.stop_vring(index)
 
     async def set_vring_enabled(self, index: int, enabled: bool) -> None:
         """Let a started virtqueue move frames, or not."""
@@ -192,7 +192,7 @@ class PortDevice:
         await self._detach_sockets()
 
     async def give_up_socket(self, queue_pair: int) -> None:
-        """Close a socket that no longer works; its virtqueues stay, and their frames are dropped."""
+        """Close a socket; its virtqueues stay, and its buffers go back to them when they stop or get a new one."""
         if self._engine.socket_attached(queue_pair):
             await self._engine.detach_socket(queue_pair)
             self._sockets.released(queue_pair)
@@ -213,19 +213,12 @@ class PortDevice:
                 raise
 
     async def _bind_socket(self, queue_pair: int) -> bool:
-        """Bind a new socket, again while the kernel is still taking an earlier one down."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + BIND_TIMEOUT_S
-        while True:
-            fd = await self._sockets.want(queue_pair)
-            try:
-                return bool(await self._engine.attach_socket(queue_pair, self._socket_config(queue_pair, fd)))
-            except HostError as error:
-                if error.errno != errno.EBUSY or loop.time() > deadline:
-                    raise
-            finally:
-                os.close(fd)
-            await asyncio.sleep(BIND_PAUSE_S)
+        """Bind a new socket; the engine tries for a while if the kernel is still taking an earlier one down."""
+        fd = await self._sockets.want(queue_pair)
+        try:
+            return bool(await self._engine.attach_socket(queue_pair, self._socket_config(queue_pair, fd)))
+        finally:
+            os.close(fd)
 
     def _socket_config(self, queue_pair: int, fd: int) -> _core.SocketConfig:
         return _core.SocketConfig(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass, field
+
+from mpassthru.errors import HostError
 
 
 @dataclass
@@ -24,7 +27,7 @@ class FakeEngine:
     held: set[str] = field(default_factory=set)
     attached: set[int] = field(default_factory=set)
     zero_copy: bool = False
-    stop_detaches: bool = False
+    kernel_has_buffers: bool = False
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -58,9 +61,9 @@ class FakeEngine:
         return self._operation(f"start {index}")
 
     def stop_vring(self, index: int) -> int:
-        if self.stop_detaches:
-            self.attached.discard(index // 2)
-        return self._operation(f"stop {index}", value=42)
+        busy = self.kernel_has_buffers and index // 2 in self.attached
+        error = HostError(errno.EBUSY, "the kernel has buffers of it") if busy else None
+        return self._operation(f"stop {index}", value=42, error=error)
 
     def set_vring_enabled(self, index: int, enabled: bool) -> int:
         return self._operation(f"enable {index} {enabled}")

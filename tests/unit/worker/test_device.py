@@ -17,7 +17,6 @@ from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage
 from mpassthru.errors import HostError, RefusedError
 from mpassthru.vhost_user import MemoryRegion, VirtioFeature
 from mpassthru.vhost_user.device import Vring
-from mpassthru.worker import device as device_module
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.device import PortDevice, check_memlock, rarp_frame
 from mpassthru.worker.socket_client import SocketClient
@@ -116,32 +115,13 @@ async def test_concurrent_starts_of_a_pair_share_one_socket(bench: Bench) -> Non
     assert bench.engine.calls.count("attach 0") == 1
 
 
-async def test_busy_queue_is_tried_again_with_a_new_socket(bench: Bench) -> None:
-    bench.engine.attach_errors = [HostError(16, "busy"), HostError(16, "busy")]
-
-    await bench.device.start_vring(0, VRING)
-
-    assert bench.engine.calls == ["attach 0", "attach 0", "attach 0", "start 0"]
-    assert bench.heard == ["SocketWanted", "SocketWanted", "SocketWanted", "SocketBound"]
-
-
-async def test_queue_that_stays_busy_is_an_error_with_its_errno(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "BIND_TIMEOUT_S", 0.0)
-    bench.engine.attach_errors = [HostError(16, "another socket owns this queue")] * 2
+async def test_bind_error_ends_the_start_with_its_errno(bench: Bench) -> None:
+    bench.engine.attach_errors = [HostError(16, "another socket owns this queue")]
 
     with pytest.raises(HostError, match="another socket") as raised:
         await bench.device.start_vring(0, VRING)
 
     assert raised.value.errno == 16
-    assert "start 0" not in bench.engine.calls
-
-
-async def test_other_bind_errors_are_not_tried_again(bench: Bench) -> None:
-    bench.engine.attach_errors = [HostError(105, "memlock limit")]
-
-    with pytest.raises(HostError, match="memlock"):
-        await bench.device.start_vring(0, VRING)
-
     assert bench.engine.calls == ["attach 0"]
 
 
@@ -162,12 +142,13 @@ async def test_stop_returns_the_base_and_keeps_the_socket_where_the_engine_does(
     assert "SocketReleased" not in bench.heard
 
 
-async def test_stop_that_took_the_socket_tells_the_broker(bench: Bench) -> None:
+async def test_stop_of_a_queue_with_buffers_in_the_kernel_closes_the_socket_first(bench: Bench) -> None:
     await bench.device.start_vring(0, VRING)
-    bench.engine.stop_detaches = True
+    bench.engine.kernel_has_buffers = True
 
-    await bench.device.stop_vring(0)
+    assert await bench.device.stop_vring(0) == 42
 
+    assert bench.engine.calls[-3:] == ["stop 0", "detach 0", "stop 0"]
     await heard(bench, "SocketWanted", "SocketBound", "SocketReleased")
 
 
