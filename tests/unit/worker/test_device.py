@@ -17,6 +17,7 @@ from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage
 from mpassthru.errors import HostError, RefusedError
 from mpassthru.vhost_user import MemoryRegion, VirtioFeature
 from mpassthru.vhost_user.device import Vring
+from mpassthru.worker import device as device_module
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.device import PortDevice, check_memlock, rarp_frame
 from mpassthru.worker.socket_client import SocketClient
