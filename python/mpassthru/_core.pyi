@@ -6,7 +6,7 @@ Numbers named `*_address` are in the address space that the name says.
 
 from typing import Literal, final
 
-from mpassthru.testing.guest import GuestConfig, Source
+from mpassthru.testing.guest_config import GuestConfig, Source
 
 VringIndex = int
 """0-based: rx of queue pair n is 2n, tx is 2n + 1 (VIRTIO 1.3 section 5.1.2)."""

@@ -1,1 +1,14 @@
-"""."""
+"""What stands in for a VM, a switch and a machine in tests, demo and benches. Public; see each module."""
+
+from mpassthru.testing.guest import BuiltinGuest
+from mpassthru.testing.guest_config import BufferLayout, GuestConfig, GuestCounters, Pattern, Region, Source
+
+__all__ = [
+    "BufferLayout",
+    "BuiltinGuest",
+    "GuestConfig",
+    "GuestCounters",
+    "Pattern",
+    "Region",
+    "Source",
+]

@@ -30,6 +30,8 @@ pub(super) struct Buffers {
 
 // SAFETY: `host` leads into `_memory`, which is Send, and is used by the one owner of the buffers only.
 unsafe impl Send for Buffers {}
+// SAFETY: as above; by `&self` of another thread the pieces are only counted and copied (`Guest` keeps a plan).
+unsafe impl Sync for Buffers {}
 
 impl Buffers {
     /// Places `count` buffers from `start` on.
