@@ -63,7 +63,7 @@ async def examine(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_
     checks = [
         *doctor_checks.process_checks(),
         cost_check,
-        doctor_checks.memlock(cost.memlock_bytes if cost else guest_size_bytes),
+        doctor_checks.memlock(cost.pinned_bytes if cost else guest_size_bytes),
         doctor_checks.hugepages(guest_size_bytes),
     ]
     kernel = os.uname().release

@@ -113,9 +113,10 @@ def guest_cost(guest_bytes: int) -> tuple[UmemCost | None, Check]:
     except RefusedError as error:
         found, _, advice = str(error).partition(": ")
         return None, Check(name="guest cost", status="fail", found=found, advice=advice)
+    shared_bytes = cost.kernel_bytes - cost.kernel_bytes_per_queue
     found = (
-        f"{format_bytes(guest_bytes)} guest: {format_bytes(cost.pinned_bytes)} pinned (all of its memory, at once), "
-        f"{format_bytes(cost.kernel_bytes_per_queue)} of kernel memory per queue"
+        f"{format_bytes(guest_bytes)} guest: all of its memory pinned at once, and "
+        f"{format_bytes(cost.kernel_bytes_per_queue)} of kernel memory per queue + {format_bytes(shared_bytes)}"
     )
     available = _available_bytes()
     if cost.kernel_bytes > available:

@@ -1,7 +1,7 @@
 """What a guest's memory costs the host when it becomes a UMEM: known before a page is pinned.
 
-The figures are computed from the kernel's source (`xp_create_and_assign_umem`, `xdp_umem_reg`), for chunks of 4096
-bytes in unaligned mode, and one UMEM per queue.
+A port has one UMEM, which its queues share, and each queue has a pool of its own. The figures are computed from the
+kernel's source (`xdp_umem_reg`, `xp_create_and_assign_umem`), for chunks of 4096 bytes in unaligned mode.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ POOL_BYTES_PER_CHUNK: Final = 128 + 8
 """`struct xdp_buff_xsk`, and its entry in the list of free ones."""
 PAGE_BYTES: Final = 4096
 TABLE_BYTES_PER_PAGE: Final = 8 + 8
-"""The page's pointer in `pgs`, and its page table entry in the kernel's mapping."""
-DMA_BYTES_PER_PAGE: Final = 8 + 8
-"""Zero-copy only: the page's DMA address, of the device and of the pool."""
+"""The page's pointer in `pgs`, and its page table entry in the kernel's mapping: once per UMEM."""
+DMA_BYTES_PER_PAGE: Final = 8
+"""Zero-copy only: the page's DMA address, kept once for the device and once more in each pool."""
 CHUNKS_MAX: Final = (2**31 - 1) // 128
 """The kernel allocates no more than INT_MAX bytes in one piece: 16,777,215 chunks."""
 UMEM_MAX_BYTES: Final = CHUNKS_MAX * CHUNK_SIZE_BYTES
 """4096 bytes less than 64 GiB."""
-SLABS_BYTES: Final = 16 << 20
-"""Room for the host's own frames next to the guest's memory; an upper bound, for the sum only."""
+SLAB_BYTES_PER_QUEUE: Final = 4 << 20
+"""The host's own frames next to the guest's memory (crates/datapath, `pump/slab.rs`)."""
+SLAB_ENDS_BYTES: Final = 3 * PAGE_BYTES
+"""What lies in front of the first and behind the last of them."""
 
 
 class UmemCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,12 +35,11 @@ class UmemCost(msgspec.Struct, frozen=True, kw_only=True):
 
     guest_bytes: int
     queues: int
+    pinned_bytes: int
+    """What becomes resident at once, cannot be swapped, and is charged to the memlock limit."""
     kernel_bytes_per_queue: int
     kernel_bytes: int
-    pinned_bytes: int
-    """What is resident and cannot be swapped: the guest once, however many queues it has."""
-    memlock_bytes: int
-    """What is charged to the user's memlock limit: every UMEM counts by itself."""
+    """Of all queues, and of what they share."""
 
 
 def umem_cost(guest_bytes: int, *, queues: int = 1, zero_copy: bool = False) -> UmemCost:
@@ -46,30 +47,30 @@ def umem_cost(guest_bytes: int, *, queues: int = 1, zero_copy: bool = False) -> 
 
     Args:
         guest_bytes: Size of the guest's memory.
-        queues: Queue pairs, each with a UMEM of its own.
+        queues: Queue pairs of the port.
         zero_copy: Count the DMA addresses too.
 
     Raises:
         RefusedError: no kernel takes a UMEM of that size; the message names the largest guest.
     """
-    umem_bytes = guest_bytes + SLABS_BYTES
+    slab_bytes = SLAB_BYTES_PER_QUEUE * queues + SLAB_ENDS_BYTES
+    umem_bytes = guest_bytes + slab_bytes
     if umem_bytes > UMEM_MAX_BYTES:
         raise RefusedError(
             f"cannot make {format_bytes(guest_bytes)} of guest memory a UMEM: the kernel's limit is "
             f"{CHUNKS_MAX} chunks of {CHUNK_SIZE_BYTES} bytes; give the guest at most "
-            f"{(UMEM_MAX_BYTES - SLABS_BYTES) >> 20} MiB"
+            f"{(UMEM_MAX_BYTES - slab_bytes) >> 20} MiB"
         )
     chunks = umem_bytes // CHUNK_SIZE_BYTES
     pages = umem_bytes // PAGE_BYTES
-    per_page = TABLE_BYTES_PER_PAGE + (DMA_BYTES_PER_PAGE if zero_copy else 0)
-    per_queue = chunks * POOL_BYTES_PER_CHUNK + pages * per_page
+    dma_bytes = DMA_BYTES_PER_PAGE * pages if zero_copy else 0
+    per_queue = POOL_BYTES_PER_CHUNK * chunks + dma_bytes
     return UmemCost(
         guest_bytes=guest_bytes,
         queues=queues,
+        pinned_bytes=umem_bytes,
         kernel_bytes_per_queue=per_queue,
-        kernel_bytes=per_queue * queues,
-        pinned_bytes=guest_bytes + SLABS_BYTES * queues,
-        memlock_bytes=umem_bytes * queues,
+        kernel_bytes=per_queue * queues + TABLE_BYTES_PER_PAGE * pages + dma_bytes,
     )
 
 

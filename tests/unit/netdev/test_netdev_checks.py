@@ -89,30 +89,28 @@ def test_each_trouble_is_warned_of_with_the_command_that_ends_it(interface: Inte
     assert warning in line
 
 
-def test_guest_of_4_gib_costs_what_the_kernel_facts_compute() -> None:
+def test_guest_of_4_gib_costs_136_mib_per_queue_and_16_mib_of_tables() -> None:
     cost = umem_cost(4 << 30)
-    chunks = (cost.memlock_bytes) // 4096
-    assert chunks >= 1 << 20
-    assert cost.kernel_bytes_per_queue == chunks * (136 + 16)
-    assert cost.kernel_bytes_per_queue / (1 << 20) == pytest.approx(136 + 16, rel=0.01)
+    assert cost.kernel_bytes_per_queue / (1 << 20) == pytest.approx(136, rel=0.01)
+    assert (cost.kernel_bytes - cost.kernel_bytes_per_queue) / (1 << 20) == pytest.approx(16, rel=0.01)
 
 
-def test_memlock_is_charged_per_queue_but_memory_is_pinned_once() -> None:
+def test_queues_share_the_umem_and_have_a_pool_each() -> None:
     one, four = umem_cost(1 << 30), umem_cost(1 << 30, queues=4)
-    assert four.memlock_bytes == 4 * one.memlock_bytes
-    assert four.kernel_bytes == 4 * one.kernel_bytes
-    assert four.pinned_bytes < 1.1 * one.pinned_bytes
+    assert four.pinned_bytes - one.pinned_bytes == 3 * (4 << 20)
+    assert four.kernel_bytes_per_queue * 4 < four.kernel_bytes < four.kernel_bytes_per_queue * 5
 
 
-def test_zero_copy_costs_the_dma_addresses_more() -> None:
-    more = umem_cost(1 << 30, zero_copy=True).kernel_bytes - umem_cost(1 << 30).kernel_bytes
-    assert more >= (1 << 18) * 16
+def test_zero_copy_costs_a_dma_address_per_page_in_the_device_and_in_each_pool() -> None:
+    copy, zero_copy = umem_cost(1 << 30, queues=2), umem_cost(1 << 30, queues=2, zero_copy=True)
+    pages = copy.pinned_bytes // 4096
+    assert zero_copy.kernel_bytes - copy.kernel_bytes == 3 * 8 * pages
 
 
 def test_guest_larger_than_a_umem_is_refused_with_the_largest_that_fits() -> None:
     assert (64 << 30) - 2 * 4096 < UMEM_MAX_BYTES < 64 << 30
-    umem_cost(UMEM_MAX_BYTES - (16 << 20))
-    with pytest.raises(RefusedError, match=r"64 GiB of guest memory.*16777215 chunks.*at most 65519 MiB"):
+    umem_cost(65531 << 20)
+    with pytest.raises(RefusedError, match=r"64 GiB of guest memory.*16777215 chunks.*at most 65531 MiB"):
         umem_cost(64 << 30)
 
 
