@@ -75,13 +75,13 @@ class Xsk:
 
 
 @contextmanager
-def bound_xsk(ifindex: int, queue_id: int = 0) -> Iterator[Xsk]:
+def bound_xsk(ifindex: int, queue_id: int = 0, *, headroom_bytes: int = 0) -> Iterator[Xsk]:
     """Bind a socket in copy mode; the rings are unmapped before it is closed, for they would hold it open."""
     memory = mmap.mmap(-1, _FRAMES * af_xdp.CHUNK_SIZE_BYTES)
     sock = af_xdp.open_xsk_socket()
     rings: list[_Ring] = []
     try:
-        af_xdp.register_umem(sock, memory)
+        af_xdp.register_umem(sock, memory, headroom_bytes=headroom_bytes)
         af_xdp.set_ring_sizes(sock, RING_DESCS)
         offsets = struct.unpack("=16Q", sock.getsockopt(af_xdp.SOL_XDP, af_xdp.XDP_MMAP_OFFSETS, 128))
         rx = _Ring(sock.fileno(), offsets[0:4], _PAGE_OFFSETS["rx"], struct.Struct("=QII"))
