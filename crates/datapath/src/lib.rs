@@ -8,6 +8,8 @@
 pub mod engine;
 pub mod error;
 pub mod fd;
+#[cfg(test)]
+mod fixture;
 pub mod guest_memory;
 pub mod pump;
 pub mod stats;

@@ -15,6 +15,8 @@
 
 mod address;
 mod region;
+#[cfg(test)]
+mod tests;
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -64,7 +66,7 @@ impl GuestMemory {
     /// Maps the regions back to back behind a front slab of `slab_bytes` (a multiple of the page size).
     ///
     /// # Errors
-    /// [`Error::Refused`] if regions overlap or make a UMEM larger than the kernel takes; [`Error::Host`] if a file
+    /// [`Error::Refused`] if regions overlap, wrap around or make a UMEM larger than the kernel takes; [`Error::Host`] if a file
     /// cannot be mapped.
     pub fn map(specs: &[RegionSpec], slab_bytes: u64) -> Result<Self, Error> {
         assert!(slab_bytes.is_multiple_of(PAGE_BYTES), "slabs are whole pages");
@@ -78,8 +80,8 @@ impl GuestMemory {
             .filter(|&bytes| bytes / PAGE_BYTES <= UMEM_CHUNKS_MAX)
             .ok_or_else(|| Error::Refused(too_large(&extents)))?;
 
-        let reservation = Mapping::reserve(len_bytes + slab_bytes.next_multiple_of(align))?;
         // The first region starts at a multiple of its page size; the slab ends there.
+        let reservation = Mapping::reserve(len_bytes + align)?;
         let regions_start = (reservation.start() + slab_bytes).next_multiple_of(align);
         let base = regions_start - slab_bytes;
         map_anonymous(base, slab_bytes)?;
@@ -269,16 +271,19 @@ impl GuestMemory {
 }
 
 fn check_overlap(specs: &[RegionSpec]) -> Result<(), Error> {
+    let broken = |what| Error::Refused(format!("cannot map guest memory: {what}; the front-end sent a broken table"));
     let mut sorted: Vec<_> = specs.iter().collect();
     sorted.sort_by_key(|s| s.guest_phys);
-    for pair in sorted.windows(2) {
-        let end = pair[0].guest_phys.checked_add(pair[0].size_bytes);
-        if end.is_none_or(|end| end > pair[1].guest_phys) {
-            return Err(Error::Refused(format!(
-                "cannot map guest memory: regions at {:#x} and {:#x} overlap; the front-end sent a broken table",
-                pair[0].guest_phys.0, pair[1].guest_phys.0
-            )));
+    let mut previous = None;
+    for spec in sorted {
+        let start = spec.guest_phys;
+        let end = start
+            .checked_add(spec.size_bytes)
+            .ok_or_else(|| broken(format!("the region at {:#x} passes the end of the address space", start.0)))?;
+        if let Some((before, _)) = previous.filter(|&(_, end)| end > start) {
+            return Err(broken(format!("regions at {before:#x} and {:#x} overlap", start.0)));
         }
+        previous = Some((start.0, end));
     }
     Ok(())
 }

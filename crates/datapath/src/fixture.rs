@@ -1,0 +1,105 @@
+//! What tests of several modules share: one guest's memory, seen by its driver and by the data path.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use mpassthru_testing::driver::{RingLayout, SplitDriver};
+use mpassthru_testing::memory::{self as vmm, RegionConfig};
+use proptest::test_runner::Config;
+
+use crate::fd::EventFd;
+use crate::guest_memory::{GuestMemory, GuestPhysAddr, PAGE_BYTES, RegionSpec, UmemAddr, UserAddr};
+use crate::pump::{VringConfig, slab_bytes};
+use crate::virtqueue::{QueueConfig, SplitQueue};
+
+pub const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
+pub const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
+pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+
+/// Settings of a property test: this many cases; a failing one is kept as a test of its own, not as a file.
+pub fn cases(count: u32) -> Config {
+    Config { cases: count, failure_persistence: None, max_shrink_iters: 4096, ..Config::default() }
+}
+
+/// The memory of one guest.
+#[derive(Clone)]
+pub struct Guest {
+    /// As the driver has it.
+    pub vmm: Arc<vmm::GuestMemory>,
+    /// As the data path maps it.
+    pub memory: Arc<GuestMemory>,
+}
+
+impl Guest {
+    /// Makes the regions and maps them, with the slabs of one queue pair.
+    pub fn new(regions: &[RegionConfig]) -> Self {
+        let vmm = Arc::new(vmm::GuestMemory::new(regions).unwrap());
+        let memory = Arc::new(GuestMemory::map(&specs(&vmm), slab_bytes(1)).unwrap());
+        Self { vmm, memory }
+    }
+
+    /// A guest of `pages` pages at guest-physical address 0.
+    pub fn of_pages(pages: u64) -> Self {
+        Self::new(&[RegionConfig::memfd(0, pages * PAGE_BYTES)])
+    }
+
+    /// The rings of `layout`, in the front-end's addresses.
+    pub fn queue_config(&self, layout: &RingLayout, event_idx: bool) -> QueueConfig {
+        let user = |address| UserAddr(self.vmm.user_address(address).unwrap());
+        QueueConfig {
+            size: u32::from(layout.size),
+            base: 0,
+            desc: user(layout.desc),
+            avail: user(layout.avail),
+            used: user(layout.used),
+            event_idx,
+        }
+    }
+
+    /// Both ends of a virtqueue: the driver and the device.
+    pub fn queue(&self, layout: RingLayout, event_idx: bool) -> (SplitDriver, SplitQueue) {
+        let driver = SplitDriver::new(&self.vmm, layout, event_idx).unwrap();
+        let queue = SplitQueue::new(Arc::clone(&self.memory), &self.queue_config(&layout, event_idx)).unwrap();
+        (driver, queue)
+    }
+
+    /// A virtqueue as vhost-user hands it over.
+    pub fn vring_config(&self, layout: &RingLayout, features: u64) -> VringConfig {
+        VringConfig {
+            queue: self.queue_config(layout, false),
+            features,
+            enabled: true,
+            kick: EventFd::new().unwrap(),
+            call: Some(EventFd::new().unwrap()),
+            err: Some(EventFd::new().unwrap()),
+        }
+    }
+
+    /// Where a guest-physical address lies in the UMEM.
+    pub fn umem(&self, address: u64) -> UmemAddr {
+        self.memory.translate(GuestPhysAddr(address), 1, &mut 0).unwrap().addr
+    }
+}
+
+/// The regions as SET_MEM_TABLE describes them. The descriptors stay those of `vmm`.
+pub fn specs(vmm: &vmm::GuestMemory) -> Vec<RegionSpec> {
+    let spec = |region: &vmm::Region| RegionSpec {
+        guest_phys: GuestPhysAddr(region.config().guest_phys_address.0),
+        size_bytes: region.config().size_bytes,
+        user: UserAddr(region.user_address()),
+        mmap_offset: region.config().mmap_offset_bytes,
+        fd: region.file().as_raw_fd(),
+    };
+    vmm.regions().iter().map(spec).collect()
+}
+
+/// Whether an eventfd was signalled since the last time this was asked.
+pub fn was_signalled(fd: &EventFd) -> bool {
+    let mut polled = libc::pollfd { fd: fd.raw(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid entry; a timeout of 0 only looks.
+    let ready = unsafe { libc::poll(&raw mut polled, 1, 0) } == 1;
+    if ready {
+        fd.clear();
+    }
+    ready
+}
