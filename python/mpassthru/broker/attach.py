@@ -22,11 +22,18 @@ from mpassthru.broker.endpoint import ConnectingEndpoint, Endpoint, InheritedEnd
 from mpassthru.broker.port import Port
 from mpassthru.broker.status import AttachReport
 from mpassthru.control import Configure, Mode, PollMode
+from mpassthru.doctor_checks import why_not_zero_copy
 from mpassthru.errors import HostError, MpassthruError, RefusedError
-from mpassthru.netdev import Interface, read_interface
+from mpassthru.netdev import (
+    Interface,
+    check_queue,
+    format_bytes,
+    frame_max_bytes,
+    read_interface,
+    umem_cost,
+    warnings_for,
+)
 from mpassthru.netdev.capabilities import missing_for_broker
-from mpassthru.netdev.checks import check_queue, frame_max_bytes, warnings_for
-from mpassthru.netdev.umem_cost import format_bytes, umem_cost
 
 XdpChoice = Literal["auto", "native", "generic"]
 XdpMode = Literal["native", "generic"]
@@ -271,16 +278,11 @@ def choose_mode(mode: Mode, interface: Interface, view: View) -> Literal["copy"]
     Raises:
         RefusedError: zero-copy was forced.
     """
-    features = interface.xdp_features
-    cause = (
-        f"driver {interface.driver} has no zero-copy AF_XDP"
-        if features is not None and not features.zero_copy
-        else "zero-copy mode is not proven safe for guest memory yet"
-    )
+    cause = why_not_zero_copy(interface)
     if mode == "zero-copy":
         raise RefusedError(f"cannot use zero-copy mode on {interface.name}: {cause}; use --mode auto or copy")
     if mode == "auto":
-        view.say(f"mode: copy (the kernel copies each frame once, into the guest's own buffer): {cause}")
+        view.say(f"mode: copy (the kernel copies each frame once, into the guest's own buffer); {cause}")
     return "copy"
 
 

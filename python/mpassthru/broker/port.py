@@ -208,6 +208,7 @@ class Port:
     def _act_on(self, worker: WorkerProcess, message: control.WorkerMessage) -> None:
         match message:
             case control.Ready():
+                self._say(f"worker {worker.pid} is ready for a front-end")
                 self._idle.set()
             case control.SocketWanted(queue_pair=queue_pair):
                 self._grant_socket(worker, queue_pair)

@@ -24,6 +24,7 @@ class AttachReport(PortReport, frozen=True, kw_only=True):
     """Front-ends that have connected."""
     faults: int
     """Virtqueues and sockets that were stopped by an error."""
+    worker_pid: int | None
     worker_restarts: int
     steering: dict[str, dict[str, int]]
     """Counters of the XDP program, by hardware queue."""
@@ -89,6 +90,7 @@ class PortStatus:
             guest=self.guest,
             sessions=self.sessions,
             faults=self.faults,
+            worker_pid=self.worker_pid,
             worker_restarts=self.worker_restarts,
             steering=self.steering,
             troubles=tuple(self.troubles),

@@ -1,0 +1,145 @@
+"""`mpassthru attach` as a child process: the real broker and the real worker, watched through `--json`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+
+from mpassthru.broker.status import AttachReport
+from mpassthru.testing.child import ChildError, running_child
+from mpassthru.testing.netns import Namespace
+
+INTERVAL_S = 0.1
+TIMEOUT_S = 10.0
+
+
+class AttachedPort:
+    """A running `mpassthru attach`.
+
+    Attributes:
+        report: The figures that it printed last; None before the first.
+        lines: What else it said.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self.report: AttachReport | None = None
+        self.lines: list[str] = []
+        self._process = process
+        self._news = asyncio.Condition()
+        self._ended = False
+
+    @property
+    def pid(self) -> int:
+        """Process id of the broker."""
+        return self._process.pid
+
+    async def until(self, condition: Callable[[AttachReport], bool], *, timeout_s: float = TIMEOUT_S) -> AttachReport:
+        """Wait for figures that fulfil a condition, and return them.
+
+        Raises:
+            ChildError: the program ended before.
+            TimeoutError: it did not happen in time.
+        """
+        await self._until(lambda: self.report is not None and condition(self.report), timeout_s)
+        assert self.report is not None
+        return self.report
+
+    async def until_said(self, text: str, *, timeout_s: float = TIMEOUT_S) -> str:
+        """Wait until it says a line with `text` in it, and return the line.
+
+        Raises:
+            ChildError: the program ended before.
+            TimeoutError: it did not happen in time.
+        """
+        await self._until(lambda: any(text in line for line in self.lines), timeout_s)
+        return next(line for line in self.lines if text in line)
+
+    async def wait(self, *, timeout_s: float = TIMEOUT_S) -> int:
+        """Wait until it ends by itself; returns its exit status."""
+        async with asyncio.timeout(timeout_s):
+            async with self._news:
+                await self._news.wait_for(lambda: self._ended)
+            return await self._process.wait()
+
+    async def stop(self, *, timeout_s: float = TIMEOUT_S) -> AttachReport:
+        """End it in good order (SIGTERM) and return its last figures.
+
+        Raises:
+            ChildError: it failed to end well.
+        """
+        self._process.send_signal(signal.SIGTERM)
+        status = await self.wait(timeout_s=timeout_s)
+        if status != 0 or self.report is None:
+            raise ChildError(f"mpassthru attach ended with status {status}: {' | '.join(self.lines[-3:])}")
+        return self.report
+
+    def kill(self) -> None:
+        """SIGKILL the broker."""
+        self._process.kill()
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s), self._news:
+                await self._news.wait_for(lambda: self._ended or condition())
+        except TimeoutError:
+            raise TimeoutError(
+                f"waited {timeout_s:g} s in vain; {self.report}; {' | '.join(self.lines[-5:])}"
+            ) from None
+        if not condition():
+            status = await self._process.wait()
+            raise ChildError(f"mpassthru attach ended with status {status}: {' | '.join(self.lines[-3:])}")
+
+    async def follow(self) -> None:
+        """Read what it prints until it ends."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow_figures())
+            tasks.create_task(self._follow_lines())
+        async with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    async def _follow_figures(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            async with self._news:
+                self.report = msgspec.json.decode(line, type=AttachReport)
+                self._news.notify_all()
+
+    async def _follow_lines(self) -> None:
+        assert self._process.stderr is not None
+        async for line in self._process.stderr:
+            async with self._news:
+                self.lines.append(line.decode(errors="replace").rstrip())
+                self._news.notify_all()
+
+
+@asynccontextmanager
+async def attached_port(
+    namespace: Namespace, socket_path: Path, *options: str, interval_s: float = INTERVAL_S
+) -> AsyncIterator[AttachedPort]:
+    """Run `mpassthru attach` on the namespace's interface for the length of the block.
+
+    Args:
+        namespace: Where the interface is.
+        socket_path: Where the front-end will connect.
+        options: More options of `mpassthru attach`.
+        interval_s: Seconds between figures.
+    """
+    command = (sys.executable, "-m", "mpassthru", "attach", namespace.ifname, "--json", "--interval", str(interval_s))
+    async with running_child(
+        *command, "--socket-path", str(socket_path), *options, namespace=namespace, stderr=PIPE
+    ) as process:
+        port = AttachedPort(process)
+        following = asyncio.create_task(port.follow())
+        try:
+            yield port
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
