@@ -25,6 +25,9 @@ from mpassthru.worker.socket_client import SocketClient
 
 FRAME_MIN_BYTES: Final = 60
 ETHERTYPE_RARP: Final = 0x8035
+DESCRIPTOR_BYTES: Final = 16
+AVAIL_HEADER_BYTES: Final = 4
+"""VIRTIO 1.3 sections 2.7.5 and 2.7.6."""
 
 FEATURES: Final = (
     VirtioFeature.VIRTIO_F_VERSION_1
@@ -81,7 +84,8 @@ class PortDevice:
         self._configuration = configuration
         self._on_running = on_running
         self._notice = notice
-        self._running: set[int] = set()
+        self._running: dict[int, Vring] = {}
+        self._regions: tuple[MemoryRegion, ...] = ()
         self._attaching = [asyncio.Lock() for _ in configuration.queue_ids]
 
     async def set_features(self, features: int) -> None:
@@ -95,6 +99,7 @@ class PortDevice:
             HostError: a region cannot be mapped.
         """
         await self._detach_sockets()
+        self._regions = ()
         check_memlock(sum(region.size_bytes for region in regions))
         self._engine.map_memory(
             [
@@ -108,6 +113,7 @@ class PortDevice:
                 for region in regions
             ]
         )
+        self._regions = tuple(regions)
 
     async def start_vring(self, index: int, vring: Vring) -> None:
         """Start a virtqueue, with a socket for its queue pair.
@@ -118,7 +124,7 @@ class PortDevice:
         """
         await self._attach_socket(index // 2)
         first = not self._running
-        self._running.add(index)  # before the engine knows of it: a start that is cancelled is followed by a stop
+        self._running[index] = vring  # before the engine knows of it: a start that is cancelled is followed by a stop
         await self._engine.start_vring(
             index,
             _core.VringConfig(
@@ -141,7 +147,7 @@ class PortDevice:
         """Stop a virtqueue; its base is returned when every buffer has come back."""
         if index not in self._running:
             return 0  # its start was cancelled before the engine heard of it
-        self._running.discard(index)
+        del self._running[index]
         try:
             return await self._engine.stop_vring(index)
         except HostError as error:
@@ -196,6 +202,26 @@ class PortDevice:
         if self._engine.socket_attached(queue_pair):
             await self._engine.detach_socket(queue_pair)
             self._sockets.released(queue_pair)
+
+    def looks_unshared(self, index: int) -> bool:
+        """Whether a running virtqueue's descriptor table and avail ring are all zero, as in memory that is not shared.
+
+        Read through the front-end's files, as a mapping of our own would be for the engine alone.
+        """
+        vring = self._running.get(index)
+        if vring is None:
+            return False
+        table = self._read_memory(vring.desc_user_address, DESCRIPTOR_BYTES * vring.size)
+        avail = self._read_memory(vring.avail_user_address, AVAIL_HEADER_BYTES + 2 * vring.size)
+        return not any(table) and not any(avail)
+
+    def _read_memory(self, user_address: int, size_bytes: int) -> bytes:
+        """Guest memory at a front-end's address; what crosses into the next region is left out."""
+        for region in self._regions:
+            offset = user_address - region.user_address
+            if 0 <= offset < region.size_bytes:
+                return os.pread(region.fd, min(size_bytes, region.size_bytes - offset), region.mmap_offset + offset)
+        return b""
 
     async def _detach_sockets(self) -> None:
         for queue_pair in range(self.queue_pairs_max):

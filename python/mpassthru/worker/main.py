@@ -13,7 +13,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,6 +29,9 @@ from mpassthru.worker.socket_client import SocketClient
 
 if TYPE_CHECKING:
     from mpassthru._core import Engine, Event
+
+UNSHARED_AFTER_S = 2.0
+"""How long rings may stay zero after a kick."""
 
 MakeEngine = Callable[[Configure], "Engine"]
 
@@ -110,19 +113,32 @@ class Worker:
     def _tell_state(self, state: control.GuestState, error: str | None = None) -> None:
         self._channel.send(control.SessionChanged(state=state, error=error))
 
-    def _notice(self, text: str) -> None:
-        self._channel.send(control.Notice(text=text))
+    def _notice(self, text: str, *, trouble: bool = False) -> None:
+        self._channel.send(control.Notice(text=text, trouble=trouble))
 
     def _report(self) -> None:
         counters = msgspec.convert(self._engine.engine.counters(), _Counters)
         self._channel.send(control.WorkerReport(rx=counters.rx, tx=counters.tx))
 
     def _on_trouble(self, event: Event) -> None:
-        socket_lost = event.kind == "host-error"
-        kind: Literal["fault", "host-error"] = "host-error" if socket_lost else "fault"
-        self._channel.send(control.Fault(vring=event.vring, kind=kind, error=str(event.error)))
-        if socket_lost:
-            self._tasks.create_task(self._device.give_up_socket(event.vring // 2))
+        match event.kind:
+            case "fault" | "host-error" as kind:
+                self._channel.send(control.Fault(vring=event.vring, kind=kind, error=str(event.error)))
+                if kind == "host-error":
+                    self._tasks.create_task(self._device.give_up_socket(event.vring // 2))
+            case "kicked-empty":
+                # Harmless if the driver has only not begun; a front-end that keeps its memory private never begins.
+                asyncio.get_running_loop().call_later(UNSHARED_AFTER_S, self._suspect_unshared, event.vring)
+            case "completed":
+                raise AssertionError("completions are waited for")
+
+    def _suspect_unshared(self, vring: int) -> None:
+        if self._device.looks_unshared(vring):
+            self._notice(
+                f"virtqueue {vring} was kicked, but its rings hold nothing but zeros: guest memory is not shared; "
+                "add share=on to its memory backend (libvirt: <access mode='shared'/>)",
+                trouble=True,
+            )
 
 
 class _ForwardedLog(logging.Handler):
