@@ -32,7 +32,10 @@ impl SteeringProgram {
         Ok(Self { program: Mutex::new(Some(program)) })
     }
 
-    #[pyo3(signature = (queue_id, *, steer, mac = Vec::new(), broadcast = true, multicast = true))]
+    #[pyo3(
+        signature = (queue_id, *, steer, mac = Vec::new(), broadcast = true, multicast = true),
+        text_signature = "($self, queue_id, *, steer, mac=b'', broadcast=True, multicast=True)"
+    )]
     fn steer_queue(
         &self,
         py: Python<'_>,
