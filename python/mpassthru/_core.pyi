@@ -6,7 +6,7 @@ Numbers named `*_address` are in the address space that the name says.
 
 from typing import Literal, final
 
-from mpassthru.testing.guest_config import GuestConfig, Source
+from mpassthru.testing.guest_config import GuestConfig, Pattern, Source
 
 VringIndex = int
 """0-based: rx of queue pair n is 2n, tx is 2n + 1 (VIRTIO 1.3 section 5.1.2)."""
@@ -252,3 +252,47 @@ class GuestRing:
         """Call notifications since last taken. A running queue pair that sleeps takes them itself."""
     def take_errors(self) -> int:
         """Times the device announced, on the err eventfd, that it gave the queue up; since last taken."""
+
+@final
+class FrameGenerator:
+    """Sends copies of one frame out of an interface of the caller's network namespace, by BPF_PROG_TEST_RUN."""
+
+    def __new__(cls, ifindex: int, frame: bytes) -> FrameGenerator: ...
+    def start(
+        self, *, count: int | None = None, duration_s: float | None = None, rate_frames_per_s: float | None = None
+    ) -> None: ...
+    def stop(self) -> None: ...
+    def is_active(self) -> bool:
+        """Whether it is sending; raises, once, what sending failed with."""
+    @property
+    def sent(self) -> int: ...
+
+@final
+class PacketWire:
+    """Sends and checks patterned frames through AF_PACKET, on an interface of the caller's network namespace."""
+
+    def __new__(cls, ifindex: int, *, all_ethertypes: bool = False, capture_frames: int = 0) -> PacketWire: ...
+    def start_sending(
+        self,
+        pattern: Pattern,
+        *,
+        count: int,
+        first_sequence: int | None = None,
+        rate_frames_per_s: float | None = None,
+    ) -> None: ...
+    def stop_sending(self) -> None: ...
+    def is_sending(self) -> bool:
+        """Whether it is sending; raises, once, what sending or receiving failed with."""
+    def send_frame(self, frame: bytes) -> None: ...
+    def counters(self) -> dict[str, int]: ...
+    def reset_check(self) -> None: ...
+    def take_captured(self) -> list[bytes]: ...
+
+@final
+class XdpSink:
+    """Counts and drops, by XDP, what an interface of the caller's network namespace receives; until deleted."""
+
+    @staticmethod
+    def attach(ifindex: int, *, xdp_mode: Literal["native", "generic"]) -> XdpSink: ...
+    def counters(self) -> tuple[int, int]:
+        """Frames and bytes."""

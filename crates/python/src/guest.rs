@@ -1,5 +1,7 @@
 //! The built-in guest and the far end of the wire (`crates/testing`), for `mpassthru.testing`.
 
+mod wire;
+
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
@@ -18,7 +20,8 @@ pyo3::import_exception!(mpassthru.errors, RefusedError);
 
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<GuestDriver>()?;
-    module.add_class::<GuestRing>()
+    module.add_class::<GuestRing>()?;
+    wire::register(module)
 }
 
 fn to_python(error: Error) -> PyErr {

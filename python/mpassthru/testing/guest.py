@@ -135,7 +135,8 @@ class BuiltinGuest:
     # ---- the device ----------------------------------------------------------------------------------------
 
     async def start_device(self) -> None:
-        """Hand over memory and every ring, at `bases`, and enable them; kick each once, as a VMM does."""
+        """Start as a VMM does: features again, memory, every ring at its base in `bases`, enable, and a kick each."""
+        await self.frontend.set_features(self.frontend.features)
         self._memory = [MemoryRegion(*region) for region in self.driver.regions()]
         await self.frontend.set_mem_table(self._memory)
         for index in self.vrings:
