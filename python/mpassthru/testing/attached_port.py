@@ -6,7 +6,7 @@ import asyncio
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -122,7 +122,11 @@ class AttachedPort:
 
 @asynccontextmanager
 async def attached_port(
-    namespace: Namespace, socket_path: Path, *options: str, interval_s: float = INTERVAL_S
+    namespace: Namespace,
+    socket_path: Path,
+    *options: str,
+    interval_s: float = INTERVAL_S,
+    prefix: Sequence[str] = (),
 ) -> AsyncIterator[AttachedPort]:
     """Run `mpassthru attach` on the namespace's interface for the length of the block.
 
@@ -131,10 +135,11 @@ async def attached_port(
         socket_path: Where the front-end will connect.
         options: More options of `mpassthru attach`.
         interval_s: Seconds between figures.
+        prefix: Command to run it with, such as `setpriv` and its options.
     """
     command = (sys.executable, "-m", "mpassthru", "attach", namespace.ifname, "--json", "--interval", str(interval_s))
     async with running_child(
-        *command, "--socket-path", str(socket_path), *options, namespace=namespace, stderr=PIPE
+        *prefix, *command, "--socket-path", str(socket_path), *options, namespace=namespace, stderr=PIPE
     ) as process:
         port = AttachedPort(process)
         following = asyncio.create_task(port.follow())
