@@ -142,8 +142,8 @@ async def test_cancelled_receive_closes_what_had_arrived(pair: Pair, null_fd: in
     before = open_fds()
     receiving = asyncio.create_task(connection.receive())
     send_with_fds(sock, encode_message(12, U64(0))[:14], [null_fd])
-    while open_fds() == before:
-        await asyncio.sleep(0)
+    await settle()
+    assert open_fds() == before + 1
     receiving.cancel()
     await asyncio.wait([receiving])
     assert open_fds() == before

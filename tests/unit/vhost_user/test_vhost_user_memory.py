@@ -22,21 +22,19 @@ def fd() -> Iterator[int]:
 
 
 @pytest.mark.parametrize(
-    ("guest", "size", "user", "offset", "reason"),
+    ("numbers", "reason"),
     [
-        (0, 0, 0, 0, "has no size"),
-        (2**64 - 0x1000, 0x2000, 0, 0, "overflows its guest addresses"),
-        (0, 0x2000, 2**64 - 0x1000, 0, "overflows its user addresses"),
-        (0, 0x2000, 0, 2**64 - 0x1000, "overflows its mmap addresses"),
-        (0, 0x10001, 0, 0, "beyond its file of 0x10000 bytes"),
-        (0, 0x1000, 0, 0xF001, "beyond its file of 0x10000 bytes"),
+        ((0, 0, 0, 0), "has no size"),
+        ((2**64 - 0x1000, 0x2000, 0, 0), "overflows its guest addresses"),
+        ((0, 0x2000, 2**64 - 0x1000, 0), "overflows its user addresses"),
+        ((0, 0x2000, 0, 2**64 - 0x1000), "overflows its mmap addresses"),
+        ((0, 0x10001, 0, 0), "beyond its file of 0x10000 bytes"),
+        ((0, 0x1000, 0, 0xF001), "beyond its file of 0x10000 bytes"),
     ],
 )
-def test_illegal_region_is_a_protocol_error(
-    fd: int, guest: int, size: int, user: int, offset: int, reason: str
-) -> None:
+def test_illegal_region_is_a_protocol_error(fd: int, numbers: tuple[int, int, int, int], reason: str) -> None:
     with pytest.raises(ProtocolError, match=reason):
-        MemoryTable([MemoryRegion(guest, size, user, offset, fd)])
+        MemoryTable([MemoryRegion(*numbers, fd)])
 
 
 @pytest.mark.parametrize("start", [0x0, 0x1000, 0x2FFF, 0xFFFF_F001])

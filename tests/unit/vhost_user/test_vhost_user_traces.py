@@ -9,7 +9,7 @@ import socket
 
 import pytest
 from vhost_user_fakes import FakeDevice, memory_fd, open_fds
-from vhost_user_traces import DPDK_START, DPDK_STOP, QEMU_START, QEMU_STOP, Step
+from vhost_user_traces import DPDK_START, DPDK_STOP, QEMU_START, QEMU_STOP, Step, step, u64
 
 from mpassthru.errors import ProtocolError
 from mpassthru.vhost_user import Request, Session
@@ -28,14 +28,14 @@ class Replay:
         self.task = asyncio.create_task(Session(Connection(theirs), device).run())
 
     async def play(self, steps: list[Step]) -> None:
-        for step in steps:
-            self.send(step.data, step)
-            if step.reply:
-                assert await asyncio.wait_for(self.read(len(step.reply)), 5) == step.reply
+        for each in steps:
+            self.send(each.data, each)
+            if each.reply:
+                assert await asyncio.wait_for(self.read(len(each.reply)), 5) == each.reply
 
-    def send(self, data: bytes, step: Step) -> None:
-        of_memory = int.from_bytes(step.data[:4], "little") in MEMORY_REQUESTS
-        fds = [memory_fd() if of_memory else os.eventfd(0) for _ in range(step.fds)]
+    def send(self, data: bytes, origin: Step) -> None:
+        of_memory = int.from_bytes(origin.data[:4], "little") in MEMORY_REQUESTS
+        fds = [memory_fd() if of_memory else os.eventfd(0) for _ in range(origin.fds)]
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self.sock.sendmsg([data], ancillary)
         for fd in fds:
@@ -65,8 +65,7 @@ async def test_recorded_start_and_stop_get_the_replies_they_got(
     device = FakeDevice(next_base=7)
     replay = Replay(device)
     await replay.play(start)
-    while device.status != 15:
-        await asyncio.sleep(0)
+    await replay.play([step(Request.VHOST_USER_GET_STATUS, reply=u64(15))])
     assert device.running.keys() == running
     assert {index for index, vring in device.running.items() if vring.enabled} == enabled
     await replay.play(stop)
@@ -104,11 +103,11 @@ async def test_disconnect_after_any_message_leaves_nothing(trace: str) -> None:
 async def test_disconnect_inside_any_message_leaves_nothing(trace: str) -> None:
     steps = TRACES[trace]
     before = open_fds()
-    for position, step in enumerate(steps):
+    for position, cut in enumerate(steps):
         device = FakeDevice(next_base=7)
         replay = Replay(device)
         await replay.play(steps[:position])
-        replay.send(step.data[: 1 + position % (len(step.data) - 1)], step)
+        replay.send(cut.data[: 1 + position % (len(cut.data) - 1)], cut)
         with pytest.raises(ProtocolError, match="the connection ended"):
             await replay.hang_up()
         assert not device.running

@@ -152,7 +152,7 @@ class FakeDevice:
             self.blocked.set()
             await asyncio.get_running_loop().create_future()
         await asyncio.sleep(0)
-        if error := self.failures.pop(call.split()[0], None):
+        if error := self.failures.pop(call.partition(" ")[0], None):
             raise error
 
 
