@@ -162,3 +162,6 @@ impl Published {
         Counts::from_words(&words)
     }
 }
+
+#[cfg(test)]
+mod tests;

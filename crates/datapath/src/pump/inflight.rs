@@ -124,3 +124,6 @@ impl<V: Copy + Default> InFlight<V> {
         self.len = 0;
     }
 }
+
+#[cfg(test)]
+mod tests;

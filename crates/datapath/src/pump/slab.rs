@@ -52,3 +52,6 @@ impl Slab {
         self.free.extend((0..SLAB_FRAMES as u64).map(|i| UmemAddr(self.start + i * CHUNK_BYTES)));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -72,3 +72,6 @@ pub(super) fn sleep<const N: usize>(fds: [RawFd; N], timeout: Option<Duration>) 
     // A signal ends the sleep like a wake-up without a cause; the caller looks at everything anyway.
     if ready > 0 { polled.map(|p| p.revents & libc::POLLIN != 0) } else { [false; N] }
 }
+
+#[cfg(test)]
+mod tests;

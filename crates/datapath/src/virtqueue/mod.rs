@@ -9,6 +9,8 @@
 mod chain;
 mod descriptor;
 mod split;
+#[cfg(test)]
+mod tests;
 
 pub use chain::Direction;
 pub use split::{QueueConfig, SplitQueue};

@@ -1,0 +1,92 @@
+use proptest::prelude::*;
+
+use super::{BOUNCE, BounceReason, Counts, DROP, DropReason, Published, WORDS};
+use crate::fixture::cases;
+
+/// Each variant's name, by the enum's own order.
+macro_rules! assert_names {
+    ($name:ident { $($variant:ident: $text:literal,)* }) => {
+        let variants = [$(($name::$variant, $text),)*];
+        assert_eq!($name::NAMES.len(), variants.len());
+        for (variant, text) in variants {
+            assert_eq!($name::NAMES[variant as usize], text);
+        }
+    };
+}
+
+#[test]
+fn test_names_are_in_step_with_the_variants() {
+    assert_names!(BounceReason {
+        ShortBuffer: "short_buffer",
+        SplitBuffer: "split_buffer",
+        NotContiguous: "not_contiguous",
+        DriverUnproven: "driver_unproven",
+        Shifted: "shifted",
+        ShortFrame: "short_frame",
+        TooManyPieces: "too_many_pieces",
+        AddressAlias: "address_alias",
+    });
+    assert_names!(DropReason {
+        NoBuffer: "no_buffer",
+        Oversize: "oversize",
+        RingFull: "rx_ring_full",
+        BufferTooSmall: "buffer_too_small",
+        Disabled: "disabled",
+        Runt: "runt",
+        NoSocket: "no_socket",
+    });
+}
+
+#[test]
+fn test_each_frame_is_counted_once() {
+    let mut counts = Counts::default();
+    counts.direct(60);
+    counts.bounced(1514, BounceReason::SplitBuffer);
+    counts.dropped(DropReason::Runt);
+    assert_eq!((counts.frames, counts.bytes, counts.direct, counts.copied_bytes), (2, 1574, 1, 0));
+    assert_eq!(counts.bounced.iter().sum::<u64>(), 1);
+    assert_eq!((counts.bounced[BounceReason::SplitBuffer as usize], counts.dropped[DropReason::Runt as usize]), (1, 1));
+}
+
+fn counts() -> impl Strategy<Value = Counts> {
+    let small = || 0u64..1 << 60;
+    (
+        small(),
+        small(),
+        small(),
+        prop::array::uniform::<_, BOUNCE>(small()),
+        prop::array::uniform::<_, DROP>(small()),
+        small(),
+    )
+        .prop_map(|(frames, bytes, direct, bounced, dropped, copied_bytes)| Counts {
+            frames,
+            bytes,
+            direct,
+            bounced,
+            dropped,
+            copied_bytes,
+        })
+}
+
+proptest! {
+    #![proptest_config(cases(64))]
+
+    #[test]
+    fn test_what_is_published_is_what_is_seen(first in counts(), second in counts()) {
+        let published = Published::default();
+        prop_assert_eq!(published.snapshot(), Counts::default());
+        published.publish(&first);
+        prop_assert_eq!(published.snapshot(), first);
+        published.publish(&second);
+        prop_assert_eq!(published.snapshot(), second);
+    }
+
+    #[test]
+    fn test_sums_add_every_figure(first in counts(), second in counts()) {
+        let mut sum = first;
+        sum.add(&second);
+        let words: Vec<_> = first.words().iter().zip(second.words()).map(|(a, b)| a + b).collect();
+        prop_assert_eq!(&sum.words()[..], &words[..]);
+        prop_assert_eq!(words.len(), WORDS);
+    }
+}
