@@ -34,7 +34,7 @@ const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 #[derive(Debug, Clone, Copy, Default)]
 struct Posted {
     head: u16,
-    position: u16,
+    position: u64,
     header: UmemAddr,
 }
 
@@ -42,7 +42,7 @@ struct Posted {
 #[derive(Debug, Clone, Copy)]
 struct Waiting {
     head: u16,
-    position: u16,
+    position: u64,
     segments: usize,
     capacity_bytes: u32,
     reason: BounceReason,
@@ -200,7 +200,7 @@ impl Rx {
             {
                 break;
             }
-            let position = self.vring.queue.next_avail();
+            let position = self.vring.queue.position();
             let head = self.vring.queue.take_head()?;
             self.chain.clear();
             if let Err(fault) = self.vring.queue.walk(head, Direction::DeviceWrites, &mut self.chain) {
@@ -275,7 +275,7 @@ impl Rx {
         Ok(())
     }
 
-    fn wait(&mut self, head: u16, position: u16, reason: BounceReason) {
+    fn wait(&mut self, head: u16, position: u64, reason: BounceReason) {
         let capacity = capacity_bytes(&self.chain);
         self.waiting_min_bytes = self.waiting_min_bytes.min(capacity);
         self.waiting_segments.extend(&self.chain);

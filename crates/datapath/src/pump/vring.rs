@@ -1,5 +1,6 @@
 //! What rx and tx virtqueues share: the ring, its eventfds, its header format, and giving heads back.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 
 use crate::error::{Error, QueueFault};
@@ -93,15 +94,13 @@ impl Vring {
         }
     }
 
-    /// Gives heads back that were taken and not used: `(position, head)`, position being the avail index at which it
-    /// was taken. Those taken last stay in the avail ring, by rewinding it; one that was taken before a head that is
-    /// used already cannot, and returns used with length 0.
-    pub fn give_back(&mut self, heads: &mut [(u16, u16)]) {
-        let next = self.queue.next_avail();
-        heads.sort_unstable_by_key(|&(position, _)| next.wrapping_sub(position));
-        let rewound =
-            heads.iter().zip(1u16..).take_while(|((position, _), back)| next.wrapping_sub(*position) == *back);
-        let rewound = rewound.count();
+    /// Gives heads back that were taken and not used: `(position, head)`, position being that of the queue when it was
+    /// taken. Those taken last stay in the avail ring, by rewinding it; one that was taken before a head that is used
+    /// already cannot, and returns used with length 0.
+    pub fn give_back(&mut self, heads: &mut [(u64, u16)]) {
+        let next = self.queue.position();
+        heads.sort_unstable_by_key(|&(position, _)| Reverse(position));
+        let rewound = heads.iter().zip(1u64..).take_while(|((position, _), back)| position + back == next).count();
         self.queue.untake(rewound as u16);
         for &(_, head) in heads[rewound..].iter().rev() {
             self.queue.push_used(head, 0);
@@ -120,3 +119,6 @@ impl Vring {
         if self.faulted { Ok(false) } else { self.queue.enable_kicks() }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -40,8 +40,8 @@ pub struct SplitQueue {
     avail: UmemAddr,
     used: UmemAddr,
     event_idx: bool,
-    /// Next avail entry to take; free-running.
-    next_avail: u16,
+    /// Next avail entry to take; free-running. Its low 16 bits are the ring's index; all of it is one head's alone.
+    position: u64,
     /// Avail index as last seen.
     avail_idx: u16,
     /// Next used entry to write; free-running. Entries up to here may not be published yet.
@@ -82,7 +82,7 @@ impl SplitQueue {
             avail,
             used,
             event_idx: config.event_idx,
-            next_avail: config.base,
+            position: u64::from(config.base),
             avail_idx: config.base,
             next_used: used_idx,
             used_idx,
@@ -109,8 +109,15 @@ impl SplitQueue {
     }
 
     /// The ring base: the next avail entry that would be taken.
+    #[inline]
     pub fn next_avail(&self) -> u16 {
-        self.next_avail
+        self.position as u16
+    }
+
+    /// As [`next_avail`](Self::next_avail), but never the same again: a head may be kept while 65536 others pass.
+    #[inline]
+    pub fn position(&self) -> u64 {
+        self.position
     }
 
     /// Number of heads that can be taken now.
@@ -122,11 +129,11 @@ impl SplitQueue {
         // Acquire: ring entries and descriptors written before the index are seen. Pairs with the driver's write
         // barrier before it stores avail->idx (VIRTIO 1.3 §2.7.13.3).
         self.avail_idx = self.memory.load_u16(self.avail.plus(2), Ordering::Acquire);
-        let ahead = self.avail_idx.wrapping_sub(self.next_avail);
+        let ahead = self.avail_idx.wrapping_sub(self.next_avail());
         if ahead > self.size {
             return Err(QueueFault::AvailIndexJump {
                 avail_idx: self.avail_idx,
-                next_avail: self.next_avail,
+                next_avail: self.next_avail(),
                 ahead,
                 size: self.size,
             });
@@ -140,21 +147,21 @@ impl SplitQueue {
     /// [`QueueFault::HeadOutOfRange`].
     #[inline]
     pub fn take_head(&mut self) -> Result<u16, QueueFault> {
-        debug_assert_ne!(self.next_avail, self.avail_idx, "a head is taken only if one is available");
-        let slot = u64::from(self.next_avail & (self.size - 1));
+        debug_assert_ne!(self.next_avail(), self.avail_idx, "a head is taken only if one is available");
+        let slot = u64::from(self.next_avail() & (self.size - 1));
         // Relaxed: ordered by the Acquire load of the index in available().
         let head = self.memory.load_u16(self.avail.plus(RING_HEADER_BYTES + 2 * slot), Ordering::Relaxed);
         if head >= self.size {
             return Err(QueueFault::HeadOutOfRange { head, size: self.size });
         }
-        self.next_avail = self.next_avail.wrapping_add(1);
+        self.position += 1;
         Ok(head)
     }
 
     /// Gives back the `count` heads taken last: the driver's entries stay in the avail ring.
     #[inline]
     pub fn untake(&mut self, count: u16) {
-        self.next_avail = self.next_avail.wrapping_sub(count);
+        self.position -= u64::from(count);
     }
 
     /// Appends the segments of a chain to `segments`, up to its capacity.
