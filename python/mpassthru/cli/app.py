@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mpassthru.cli import attach, backend, doctor
+from mpassthru.cli import attach, backend, demo, doctor
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,4 +36,5 @@ def _options(
 
 app.command("attach")(attach.attach_command)
 app.command("doctor")(doctor.doctor_command)
+app.command("demo")(demo.demo_command)
 app.command("backend-json")(backend.backend_json_command)

@@ -51,6 +51,17 @@ class AttachedPort:
         assert self.report is not None
         return self.report
 
+    async def news(self) -> None:
+        """Wait until it prints something, or ends.
+
+        Raises:
+            ChildError: it has ended.
+        """
+        async with self._news:
+            if self._ended:
+                raise ChildError(f"mpassthru attach has ended: {' | '.join(self.lines[-3:])}")
+            await self._news.wait()
+
     async def until_said(self, text: str, *, timeout_s: float = TIMEOUT_S) -> str:
         """Wait until it says a line with `text` in it, and return the line.
 
