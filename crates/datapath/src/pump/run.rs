@@ -363,6 +363,8 @@ impl Pump {
         } else {
             self.rx = Some(Rx::new(vring));
         }
+        // Who hears that the queue runs may count on its buffers being posted.
+        self.work();
         Ok(0)
     }
 
