@@ -9,7 +9,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A system call failed.
-    #[error("cannot {action}: {}{}", std::io::Error::from_raw_os_error(*errno), advice(*errno))]
+    #[error("cannot {action} ({}): {}", errno_name(*errno), advice(*errno))]
     System {
         /// What was attempted, and on what.
         action: String,
@@ -43,11 +43,32 @@ pub(crate) fn check<T: PartialEq + From<i8>>(result: T, action: impl FnOnce() ->
     if result == T::from(-1) { Err(Error::last_os(action())) } else { Ok(result) }
 }
 
+fn errno_name(errno: i32) -> String {
+    let name = match errno {
+        libc::EACCES => "EACCES",
+        libc::EBUSY => "EBUSY",
+        libc::EINVAL => "EINVAL",
+        libc::EMFILE => "EMFILE",
+        libc::ENODEV => "ENODEV",
+        libc::ENOMEM => "ENOMEM",
+        libc::ENOTSUP => "EOPNOTSUPP",
+        libc::ENXIO => "ENXIO",
+        libc::EPERM => "EPERM",
+        _ => return std::io::Error::from_raw_os_error(errno).to_string(),
+    };
+    name.to_string()
+}
+
 fn advice(errno: i32) -> &'static str {
     match errno {
-        libc::EPERM | libc::EACCES => "; run as root, or with CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF",
-        libc::ENODEV => "; is the interface in this network namespace?",
-        _ => "",
+        libc::EPERM | libc::EACCES => "run as root, or with CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF and CAP_PERFMON",
+        libc::ENODEV | libc::ENXIO => "is the interface in this network namespace?",
+        libc::EBUSY => "is another XDP program there?",
+        libc::ENOMEM => "is there memory enough, and are hugepages reserved if they are asked for?",
+        libc::EMFILE => "raise the limit of open files",
+        libc::EINVAL => "does the interface exist, in this network namespace, and can the kernel do this?",
+        libc::ENOTSUP => "the kernel or the driver cannot do this",
+        _ => "see the kernel's log",
     }
 }
 
@@ -58,7 +79,6 @@ mod tests {
     #[test]
     fn test_message_names_action_errno_and_advice() {
         let message = Error::os("attach XDP to ifindex 4", libc::EPERM).to_string();
-        assert!(message.starts_with("cannot attach XDP to ifindex 4: "), "{message}");
-        assert!(message.contains("os error 1") && message.contains("CAP_NET_ADMIN"), "{message}");
+        assert!(message.starts_with("cannot attach XDP to ifindex 4 (EPERM): run as root"), "{message}");
     }
 }

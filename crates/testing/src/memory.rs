@@ -111,8 +111,8 @@ impl Region {
             )
         };
         if start == libc::MAP_FAILED {
-            let hint = if config.backing == Backing::HugeMemfd { " in hugepages (are enough reserved?)" } else { "" };
-            return Err(Error::last_os(format!("map {length} bytes of guest memory{hint}")));
+            let pages = if config.backing == Backing::HugeMemfd { " in hugepages" } else { "" };
+            return Err(Error::last_os(format!("map {length} bytes of guest memory{pages}")));
         }
         Ok(Self { config, file, start: start.cast() })
     }

@@ -130,6 +130,7 @@ class BuiltinGuest:
                     await guest.start_device()
                 yield guest
             finally:
+                guest.frontend.close()  # another one after `reconnect`
                 driver.park()
 
     # ---- the device ----------------------------------------------------------------------------------------

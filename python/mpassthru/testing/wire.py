@@ -221,8 +221,8 @@ class PacketWire:
 class FrameGenerator:
     """Sends copies of one frame, by BPF_PROG_TEST_RUN in live-frame mode: the kernel itself sends.
 
-    On veth the other end must run an XDP program (an attached port does) or have GRO on. What its ring cannot hold is
-    lost there: `sent` says what was sent, count arrivals at the other end.
+    On veth the other end must run a native XDP program (an attached port does; a generic one is not enough) or have
+    GRO on. What its ring cannot hold is lost there: `sent` says what was sent, count arrivals at the other end.
     """
 
     def __init__(self, ifindex: int, frame: bytes) -> None:

@@ -1,8 +1,8 @@
 //! A frame source without a NIC: BPF_PROG_TEST_RUN in live-frame mode runs a program that says XDP_TX, so the kernel
 //! itself sends the frame, again and again, at millions a second.
 //!
-//! On veth the frames leave through ndo_xdp_xmit, so the other end must run an XDP program or have GRO on, else the
-//! kernel throws them away. What the other end's ring cannot hold is thrown away too: count arrivals there.
+//! On veth the frames leave through ndo_xdp_xmit, so the other end must run a native XDP program (a generic one is not
+//! enough) or have GRO on, else the kernel throws them away. What the other end's ring cannot hold is thrown away too: count arrivals there.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
