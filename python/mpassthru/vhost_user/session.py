@@ -367,7 +367,10 @@ class Session:
 
     @handles(Request.VHOST_USER_SET_STATUS, U64, needs=_STATUS)
     async def _set_status(self, payload: U64) -> None:
-        """VIRTIO 1.3 section 2.1: eight bits; 0 is a reset, after which no vring may be touched."""
+        """VIRTIO 1.3 section 2.1: eight bits; 0 is a reset, after which no vring may be touched.
+
+        Bases outlive it: QEMU 7.2 asks for them afterwards.
+        """
         if payload.value > 0xFF:
             raise ProtocolError(f"a device status of {payload.value:#x}; it has eight bits")
         if payload.value == 0:

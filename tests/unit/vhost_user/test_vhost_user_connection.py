@@ -10,6 +10,7 @@ import resource
 import socket
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from vhost_user_fakes import open_fds
@@ -164,6 +165,21 @@ async def test_send_waits_for_a_slow_reader(pair: Pair) -> None:
         received += await asyncio.get_running_loop().sock_recv(sock, 1 << 20)
     await sending
     assert struct.unpack_from("=Q", received, 20 * (count - 1) + 12) == (count - 1,)
+
+
+async def test_descriptors_go_once_however_the_message_is_cut(null_fd: int) -> None:
+    class OneByteAtATime(socket.socket):
+        def sendmsg(self, buffers: Any, ancdata: Any = ()) -> int:  # type: ignore[override]
+            return super().sendmsg([buffers[0][:1]], ancdata)
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with Connection(OneByteAtATime(fileno=ours.detach())) as sender, Connection(theirs) as receiver:
+        await sender.send(12, U64(7), fds=[null_fd])
+        message = await receiver.receive()
+        assert message is not None
+        with message:
+            assert message.payload == U64(7).encode()
+            assert len(message.fds) == 1
 
 
 async def test_send_to_a_peer_that_is_gone_is_a_connection_error(pair: Pair) -> None:

@@ -429,9 +429,22 @@ async def test_start_that_fails_is_answered_and_may_be_tried_again(fd: int, even
         device.failures["start_vring"] = HostError(12, "no memory for it")
         with pytest.raises(RefusedError, match="SET_VRING_KICK"):
             await start(frontend, 0, event)
+        await frontend.set_vring_addr(ring_address(0, shift=16))
         assert not device.running
         await frontend.set_vring_kick(0, event)
         assert 0 in device.running
+
+
+async def test_move_that_fails_is_tried_again_with_the_address(fd: int, event: int) -> None:
+    async with negotiated() as (frontend, device, _, _):
+        await frontend.set_mem_table([region(fd)])
+        await start(frontend, 0, event)
+        device.failures["start_vring"] = HostError(12, "no memory for it")
+        with pytest.raises(RefusedError, match="SET_VRING_ADDR"):
+            await frontend.set_vring_addr(ring_address(0, shift=16))
+        assert not device.running
+        await frontend.set_vring_addr(ring_address(0, shift=16))
+        assert device.running[0].base == 15
 
 
 async def test_start_that_fails_unasked_ends_the_connection(fd: int, event: int) -> None:
@@ -580,6 +593,28 @@ async def test_map_that_fails_in_both_directions_leaves_no_memory(fd: int, event
         assert not task.done()
 
 
+async def test_cancellation_while_memory_is_replaced_closes_both_tables(fd: int) -> None:
+    other = memory_fd()
+    async with negotiated() as (frontend, device, _, task):
+        await frontend.set_mem_table([region(fd), region(fd, slot=1)])
+        device.block_at = len(device.calls)
+        telling = asyncio.create_task(frontend.set_mem_table([region(other)]))
+        await device.blocked.wait()
+        task.cancel()
+        with pytest.raises(ProtocolError):
+            await telling
+    os.close(other)
+
+
+async def test_table_that_is_repeated_keeps_vrings_running(fd: int, event: int) -> None:
+    async with negotiated() as (frontend, device, _, _):
+        await frontend.set_mem_table([region(fd)])
+        await start(frontend, 0, event)
+        device.calls.clear()
+        await frontend.set_mem_table([region(fd)])
+        assert device.calls == []
+
+
 # ---- device ------------------------------------------------------------------------------------------------
 
 
@@ -613,7 +648,11 @@ async def test_reset_device_forgets_vrings_and_keeps_memory(fd: int, event: int)
         await frontend.set_features(FEATURES)
         await frontend.set_vring_kick(0, event)
         assert not device.running
-        assert await frontend.get_vring_base(0) == 0
+        await frontend.reset_device()
+        await start(frontend, 0, event)
+        assert not device.running
+        await frontend.get_vring_base(0)
+        await frontend.set_features(FEATURES)
         await start(frontend, 0, event)
         assert device.running[0].base == 10
 

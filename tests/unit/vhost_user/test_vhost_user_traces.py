@@ -25,6 +25,7 @@ class Replay:
     def __init__(self, device: FakeDevice) -> None:
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.setblocking(False)
+        self.memory = memory_fd(), memory_fd()
         self.task = asyncio.create_task(Session(Connection(theirs), device).run())
 
     async def play(self, steps: list[Step]) -> None:
@@ -35,11 +36,12 @@ class Replay:
 
     def send(self, data: bytes, origin: Step) -> None:
         of_memory = int.from_bytes(origin.data[:4], "little") in MEMORY_REQUESTS
-        fds = [memory_fd() if of_memory else os.eventfd(0) for _ in range(origin.fds)]
+        kick_or_call = os.eventfd(0)
+        slot = int.from_bytes(origin.data[20:28], "little") >> 20 & 1  # of the (first) region's guest address
+        fds = [self.memory[slot] if of_memory else kick_or_call] * origin.fds
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self.sock.sendmsg([data], ancillary)
-        for fd in fds:
-            os.close(fd)
+        os.close(kick_or_call)
 
     async def read(self, size_bytes: int) -> bytes:
         data = b""
@@ -49,8 +51,13 @@ class Replay:
             data += chunk
         return data
 
-    async def hang_up(self) -> None:
+    def close(self) -> None:
         self.sock.close()
+        for fd in self.memory:
+            os.close(fd)
+
+    async def hang_up(self) -> None:
+        self.close()
         await asyncio.wait_for(self.task, 5)
 
 
@@ -79,9 +86,9 @@ async def test_driver_that_starts_again_keeps_its_memory_mapped(trace: str) -> N
     device = FakeDevice(next_base=7)
     replay = Replay(device)
     await replay.play(TRACES[trace])
-    maps = device.calls.count("map_memory")
-    assert maps == {"qemu": 2, "dpdk": 1}[trace]
-    assert not device.running
+    await replay.play(TRACES[trace])
+    assert device.calls.count("start_vring 0") == 2
+    assert device.calls.count("map_memory") == {"qemu": 2, "dpdk": 1}[trace]
     await replay.hang_up()
 
 
@@ -130,7 +137,7 @@ async def test_cancellation_inside_any_device_call_leaves_no_descriptor(trace: s
         replay.task.cancel()
         await asyncio.wait_for(asyncio.gather(replay.task, playing, blocked, return_exceptions=True), 5)
         assert replay.task.cancelled()
-        replay.sock.close()
+        replay.close()
         assert not device.running
         assert not device.starting
         assert not device.regions
