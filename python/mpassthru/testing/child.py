@@ -30,11 +30,13 @@ def _command(arguments: Sequence[str], namespace: Namespace | None) -> list[str]
 
 
 async def end_child(process: Process, *, grace_s: float = 5.0) -> int:
-    """End a child and reap it: SIGTERM, then SIGKILL after `grace_s` seconds.
+    """End a child and reap it: end of file and SIGTERM, then SIGKILL after `grace_s` seconds.
 
     Returns:
         Its exit status; negative if a signal ended it.
     """
+    if process.stdin is not None:
+        process.stdin.close()
     if process.returncode is None:
         process.terminate()
     try:

@@ -70,14 +70,19 @@ class GuestNic:
     mac: str = "52:54:00:12:34:56"
     properties: Mapping[str, str] = field(default_factory=dict)
 
-    def arguments(self, name: str) -> list[str]:
+    def arguments(self, name: str, accelerator: Accelerator) -> list[str]:
         """Return QEMU's options for the NIC `name`."""
-        properties = {"netdev": name, "mac": self.mac, "romfile": ""} | dict(self.properties)
+        # Guests boot from -kernel; the boot ROM for network cards is in a package that need not be there.
+        properties = {"netdev": name, "mac": self.mac, "romfile": ""}
         if self.backend.queue_pairs > 1:
-            # One interrupt per virtqueue, one for configuration changes, one for the control virtqueue.
-            properties = {"mq": "on", "vectors": str(2 * self.backend.queue_pairs + 2)} | properties
-        device = ",".join(["virtio-net-pci", *(f"{key}={value}" for key, value in properties.items())])
-        return [*self.backend.arguments(name), "-device", device]
+            # One interrupt vector per virtqueue, one for configuration changes, one for the control virtqueue.
+            properties |= {"mq": "on", "vectors": str(2 * self.backend.queue_pairs + 2)}
+        if accelerator == "tcg" and isinstance(self.backend, VhostUserBackend):
+            # Without KVM, QEMU 7.2 crashes as soon as the guest unmasks an MSI-X vector of a vhost-user device: it
+            # sets up an irqfd that only KVM has. No vectors means the legacy interrupt.
+            properties["vectors"] = "0"
+        device = ["virtio-net-pci", *(f"{key}={value}" for key, value in (properties | dict(self.properties)).items())]
+        return [*self.backend.arguments(name), "-device", ",".join(device)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,5 +128,5 @@ def qemu_arguments(config: GuestConfig, *, accelerator: Accelerator, initramfs: 
     arguments += ["-kernel", str(config.kernel.image), "-initrd", initramfs]
     arguments += ["-append", "console=ttyS0 quiet panic=-1", "-serial", "stdio"]
     for index, nic in enumerate(config.nics):
-        arguments += nic.arguments(f"net{index}")
+        arguments += nic.arguments(f"net{index}", accelerator)
     return arguments + list(config.extra_arguments)

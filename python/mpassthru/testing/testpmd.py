@@ -21,7 +21,7 @@ from mpassthru.errors import RefusedError
 from mpassthru.testing.child import ChildError, last_lines, running_child
 from mpassthru.testing.initramfs import find_program
 
-ForwardMode = Literal["io", "mac", "macswap", "rxonly", "txonly", "flowgen"]
+ForwardMode = Literal["io", "mac", "macswap", "rxonly", "txonly", "flowgen", "icmpecho"]
 
 _PROMPT = b"testpmd> "
 _MEMORY_MIB = 512
@@ -165,6 +165,13 @@ def memory_arguments(meminfo: str) -> list[str]:
     return ["--no-huge", "-m", str(_MEMORY_MIB), "--no-shconf"]
 
 
+def _check_start(output: str) -> None:
+    """Refuse a testpmd that goes on without a port that it could not make."""
+    if "vdev) probe failed" in output:
+        failures = "\n".join(line for line in output.splitlines() if "(): " in line)
+        raise ChildError(f"testpmd cannot make its ports: {last_lines(failures)}")
+
+
 class Testpmd:
     """A dpdk-testpmd with its ports up, while its `async with` block runs.
 
@@ -216,7 +223,7 @@ class Testpmd:
         command += ["--", "--interactive", *self._arguments]
         try:
             self._process = await self._resources.enter_async_context(running_child(*command, stdin=PIPE))
-            await self._until_prompt("(start)", self._start_timeout_s)
+            _check_start(await self._until_prompt("(start)", self._start_timeout_s))
         except BaseException:
             await self._resources.aclose()
             raise
