@@ -438,7 +438,7 @@ class Session:
             if ring.lies_in(self.memory, self.features):
                 await ring.start_if_ready(self.memory, self.features)
             elif ring.phase is RingPhase.WAITING:
-                log.warning("vring %d waits: it is outside the memory that the front-end sent", ring.index)
+                log.info("vring %d waits: it is outside the memory that the front-end sent", ring.index)
 
     async def _map(self, table: MemoryTable) -> None:
         """Replace the memory map; `table` belongs to the session from here on. After a failure the old map is back."""
