@@ -203,17 +203,18 @@ class PortDevice:
             await self._engine.detach_socket(queue_pair)
             self._sockets.released(queue_pair)
 
-    def looks_unshared(self, index: int) -> bool:
-        """Whether a running virtqueue's descriptor table and avail ring are all zero, as in memory that is not shared.
+    def looks_unshared(self) -> bool:
+        """Whether the rings of all running virtqueues hold nothing but zeros, as they do in memory that is not shared.
 
-        Read through the front-end's files, as a mapping of our own would be for the engine alone.
+        A driver posts rx buffers when it starts, so that its rx rings at least are not zero for long. Read through the
+        front-end's files, for a mapping is the engine's alone.
         """
-        vring = self._running.get(index)
-        if vring is None:
-            return False
+        return bool(self._running) and not any(self._has_content(vring) for vring in self._running.values())
+
+    def _has_content(self, vring: Vring) -> bool:
         table = self._read_memory(vring.desc_user_address, DESCRIPTOR_BYTES * vring.size)
         avail = self._read_memory(vring.avail_user_address, AVAIL_HEADER_BYTES + 2 * vring.size)
-        return not any(table) and not any(avail)
+        return any(table) or any(avail)
 
     def _read_memory(self, user_address: int, size_bytes: int) -> bytes:
         """Guest memory at a front-end's address; what crosses into the next region is left out."""

@@ -62,6 +62,7 @@ class Worker:
         )
         self._backend = Backend(self._device)
         self._serving: asyncio.Task[None] | None = None
+        self._suspicion: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         """Answer the broker until it says stop or closes its end; then give everything back.
@@ -128,14 +129,16 @@ class Worker:
                     self._tasks.create_task(self._device.give_up_socket(event.vring // 2))
             case "kicked-empty":
                 # Harmless if the driver has only not begun; a front-end that keeps its memory private never begins.
-                asyncio.get_running_loop().call_later(UNSHARED_AFTER_S, self._suspect_unshared, event.vring)
+                if self._suspicion is None:
+                    self._suspicion = asyncio.get_running_loop().call_later(UNSHARED_AFTER_S, self._judge_suspicion)
             case "completed":
                 raise AssertionError("completions are waited for")
 
-    def _suspect_unshared(self, vring: int) -> None:
-        if self._device.looks_unshared(vring):
+    def _judge_suspicion(self) -> None:
+        self._suspicion = None
+        if self._device.looks_unshared():
             self._notice(
-                f"virtqueue {vring} was kicked, but its rings hold nothing but zeros: guest memory is not shared; "
+                "the guest kicks its virtqueues, but they hold nothing but zeros: its memory is not shared with us; "
                 "add share=on to its memory backend (libvirt: <access mode='shared'/>)",
                 trouble=True,
             )
