@@ -543,6 +543,8 @@ mod tests {
         assert!(!driver.publish(), "index 0 is before the event");
         driver.add(&[buffer(1)]).unwrap();
         assert!(driver.publish(), "index 1 is the event");
+        driver.add(&[buffer(2)]).unwrap();
+        assert!(!driver.publish(), "index 2 is after the event");
         assert!(!driver.publish(), "nothing new");
         assert!(driver.enable_notifications(2), "nothing used yet");
         assert!(!device.push_used(0, 0), "one of two");
@@ -572,14 +574,16 @@ mod tests {
     #[test]
     fn test_disabled_notifications_stay_off_for_a_whole_wrap() {
         let (mut driver, mut device) = pair(4, true);
-        for _ in 0..140_000u32 {
-            let head = driver.add(&[buffer(0)]).unwrap();
+        for _ in 0..35_000u32 {
+            let heads: Vec<_> = (0..4).map(|number| driver.add(&[buffer(number)]).unwrap()).collect();
             driver.publish();
             driver.disable_notifications();
-            device.pop_avail().unwrap();
-            assert!(!device.push_used(head, 0));
-            driver.pop_used();
-            driver.release(head);
+            for head in heads {
+                assert!(!device.push_used(head, 0));
+            }
+            while let Some(used) = driver.pop_used() {
+                driver.release(used.unwrap().head);
+            }
         }
     }
 
