@@ -1,6 +1,7 @@
 //! What tests of several modules share: one guest's memory, seen by its driver and by the data path.
 
-use std::os::fd::AsRawFd;
+use std::ffi::CString;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use mpassthru_testing::driver::{RingLayout, SplitDriver};
@@ -102,4 +103,17 @@ pub fn was_signalled(fd: &EventFd) -> bool {
         fd.clear();
     }
     ready
+}
+
+/// A sparse memfd that can be found by its name in /proc/self/maps.
+pub fn memfd(name: &str, size_bytes: u64) -> OwnedFd {
+    let name = CString::new(name).unwrap();
+    // SAFETY: the name is NUL-terminated and lives through the call.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0);
+    // SAFETY: a new descriptor that nothing else owns.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: resizes a file of ours.
+    assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), size_bytes as libc::off_t) }, 0);
+    fd
 }

@@ -66,7 +66,7 @@ pub(super) struct Rx {
     posted: InFlight<Posted>,
     waiting: VecDeque<Waiting>,
     waiting_segments: VecDeque<Segment>,
-    /// Smallest capacity among waiting heads; only ever shrinks until none waits.
+    /// Smallest capacity among waiting heads, or less: it only shrinks while slab frames are posted.
     waiting_min_bytes: u32,
     chain: Vec<Segment>,
 }
@@ -125,7 +125,7 @@ impl Rx {
         if !self.vring.enabled {
             counts.dropped(DropReason::Disabled);
             self.posted.insert(desc.fill, posted);
-            xsk.fill_write(desc.fill);
+            fill(xsk, desc.fill);
             return;
         }
         let memory = self.vring.queue.memory();
@@ -170,9 +170,6 @@ impl Rx {
             }
             self.vring.queue.push_used(head.head, before - left.bytes());
         }
-        if self.waiting.is_empty() {
-            self.waiting_min_bytes = u32::MAX;
-        }
     }
 
     /// Number of waiting heads that hold `total_bytes`.
@@ -209,10 +206,9 @@ impl Rx {
             }
             match self.fit(xsk) {
                 Fit::Direct { header, frame } => {
-                    let fill = xsk.layout.fill_address(frame);
-                    self.posted.insert(fill, Posted { head, position, header });
-                    debug_assert!(xsk.fill_free(1) > 0, "no more is posted than the ring holds");
-                    xsk.fill_write(fill);
+                    let entry = xsk.layout.fill_address(frame);
+                    self.posted.insert(entry, Posted { head, position, header });
+                    fill(xsk, entry);
                 }
                 Fit::Bounce(reason) if self.waiting_segments.len() + self.chain.len() <= WAITING_SEGMENTS_MAX => {
                     self.wait(head, position, reason);
@@ -288,16 +284,18 @@ impl Rx {
         });
     }
 
-    /// Posts slab frames: one for each group of waiting heads that is sure to hold the longest frame.
+    /// Posts slab frames: one for each group of waiting heads that is sure to hold the longest frame. The first is
+    /// promised exactly what it needs, so that one tiny buffer among many does not make every group too large.
     fn post_slab_frames(&mut self, xsk: &mut XskSocket, slab: &mut Slab) {
         let longest = self.vring.header_len + xsk.layout.frame_max;
+        if slab.used() == 0 {
+            self.waiting_min_bytes = self.waiting.iter().map(|head| head.capacity_bytes).min().unwrap_or(u32::MAX);
+        }
         let group = if self.vring.mergeable { longest.div_ceil(self.waiting_min_bytes).max(1) as usize } else { 1 };
-        while (slab.used() + 1) * group <= self.waiting.len()
-            && self.posted.len() + slab.used() < RX_RING_DESCS as usize
-        {
+        let is_held = |used| (used + 1) * group <= self.waiting.len() || (used == 0 && self.heads_for(longest).is_ok());
+        while is_held(slab.used()) && self.posted.len() + slab.used() < RX_RING_DESCS as usize {
             let Some(frame) = slab.take() else { break };
-            debug_assert!(xsk.fill_free(1) > 0, "no more is posted than the ring holds");
-            xsk.fill_write(frame);
+            fill(xsk, frame);
         }
     }
 
@@ -312,6 +310,13 @@ impl Rx {
         slab.reset();
         self.vring.give_back(&mut heads);
     }
+}
+
+/// Writes a fill entry. No more is posted than the ring holds, so there is room.
+#[inline]
+fn fill(xsk: &mut XskSocket, entry: UmemAddr) {
+    debug_assert!(xsk.fill_free(1) > 0, "no more is posted than the ring holds");
+    xsk.fill_write(entry);
 }
 
 /// What a chain holds; beyond 32 bits nothing is gained by counting on.
@@ -346,3 +351,6 @@ impl Frame<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,6 +7,10 @@
 mod ring;
 mod rules;
 mod socket;
+#[cfg(test)]
+pub(crate) mod test_kernel;
+#[cfg(test)]
+mod tests;
 
 pub use rules::{Contiguity, DriverRules};
 

@@ -174,3 +174,33 @@ impl<T: Copy> Consumer<T> {
         self.ring.word(self.ring.consumer).store(self.next, Ordering::Release);
     }
 }
+
+/// What only the kernel does; see `test_kernel`.
+#[cfg(test)]
+impl<T: Copy> Consumer<T> {
+    /// Takes back the reading of the `count` entries read last.
+    pub fn unread(&mut self, count: u32) {
+        self.next = self.next.wrapping_sub(count);
+    }
+
+    /// Sets or clears XDP_RING_NEED_WAKEUP.
+    pub fn set_needs_wakeup(&self, on: bool) {
+        // Relaxed: as in needs_wakeup().
+        self.ring.word(self.ring.flags).store(if on { libc::XDP_RING_NEED_WAKEUP } else { 0 }, Ordering::Relaxed);
+    }
+
+    /// As if `index` entries had gone through already.
+    pub fn start_at(&mut self, index: u32) {
+        self.next = index;
+        self.release();
+    }
+}
+
+#[cfg(test)]
+impl<T: Copy> Producer<T> {
+    /// As if `index` entries had gone through already.
+    pub fn start_at(&mut self, index: u32) {
+        (self.next, self.consumed) = (index, index);
+        self.submit();
+    }
+}

@@ -82,6 +82,27 @@ pub struct XskSocket {
     fd: ClosingFd,
 }
 
+/// The four rings of a socket, mapped.
+#[derive(Debug)]
+pub(super) struct Rings {
+    fill: Producer<u64>,
+    completion: Consumer<u64>,
+    rx: Consumer<libc::xdp_desc>,
+    tx: Producer<libc::xdp_desc>,
+}
+
+impl Rings {
+    /// Maps the rings that `fd` has at the offsets that every AF_XDP socket has them at.
+    pub fn map(fd: RawFd, offsets: &libc::xdp_mmap_offsets) -> Result<Self, HostError> {
+        Ok(Self {
+            fill: Producer::map(fd, &offsets.fr, libc::XDP_UMEM_PGOFF_FILL_RING, RX_RING_DESCS)?,
+            completion: Consumer::map(fd, &offsets.cr, libc::XDP_UMEM_PGOFF_COMPLETION_RING, COMPLETION_RING_DESCS)?,
+            rx: Consumer::map(fd, &offsets.rx, libc::XDP_PGOFF_RX_RING as u64, RX_RING_DESCS)?,
+            tx: Producer::map(fd, &offsets.tx, libc::XDP_PGOFF_TX_RING as u64, TX_RING_DESCS)?,
+        })
+    }
+}
+
 /// Empties a [`SharedFd`] on drop.
 #[derive(Debug)]
 struct ClosingFd(SharedFd);
@@ -119,11 +140,7 @@ impl XskSocket {
         }
         raise_tx_budget(raw_fd)?;
         let offsets: libc::xdp_mmap_offsets = get_option(raw_fd, libc::XDP_MMAP_OFFSETS)?;
-        let fill = Producer::map(raw_fd, &offsets.fr, libc::XDP_UMEM_PGOFF_FILL_RING, RX_RING_DESCS)?;
-        let completion =
-            Consumer::map(raw_fd, &offsets.cr, libc::XDP_UMEM_PGOFF_COMPLETION_RING, COMPLETION_RING_DESCS)?;
-        let rx = Consumer::map(raw_fd, &offsets.rx, libc::XDP_PGOFF_RX_RING as u64, RX_RING_DESCS)?;
-        let tx = Producer::map(raw_fd, &offsets.tx, libc::XDP_PGOFF_TX_RING as u64, TX_RING_DESCS)?;
+        let rings = Rings::map(raw_fd, &offsets)?;
         bind_queue(raw_fd, umem_of, params)?;
         let mode = bound_mode(raw_fd)?;
         if mode != params.mode {
@@ -139,8 +156,15 @@ impl XskSocket {
                 return Err(Error::Refused("zero-copy mode needs the driver's rules: guest memory is at stake".into()));
             }
         };
+        Ok(Self::over(rings, fd, mode, params.layout, rules))
+    }
+
+    /// A socket from its parts.
+    pub(super) fn over(rings: Rings, fd: OwnedFd, mode: BindMode, layout: UmemLayout, rules: DriverRules) -> Self {
+        let Rings { fill, completion, rx, tx } = rings;
+        let raw_fd = fd.as_raw_fd();
         let fd = ClosingFd(Arc::new(Mutex::new(Some(fd))));
-        Ok(Self { layout: params.layout, rules, mode, fill, completion, rx, tx, raw_fd, fd })
+        Self { layout, rules, mode, fill, completion, rx, tx, raw_fd, fd }
     }
 
     /// How it was bound, as the kernel says (XDP_OPTIONS).

@@ -4,8 +4,8 @@ use std::sync::atomic::Ordering;
 use proptest::prelude::*;
 
 use super::super::{GuestMemory, PAGE_BYTES, UmemAddr};
-use super::{memfd, region};
-use crate::fixture::cases;
+use super::region;
+use crate::fixture::{cases, memfd};
 
 fn one_page() -> (GuestMemory, UmemAddr) {
     let file = memfd("access", PAGE_BYTES);

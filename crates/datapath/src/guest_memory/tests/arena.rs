@@ -3,9 +3,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use mpassthru_testing::memory::{self as vmm, Backing, RegionConfig};
 
 use super::super::{GuestMemory, PAGE_BYTES, RegionSpec, TAIL_SLAB_BYTES};
-use super::{memfd, region};
+use super::region;
 use crate::error::Error;
-use crate::fixture::specs;
+use crate::fixture::{memfd, specs};
 
 const GIB: u64 = 1 << 30;
 const HUGE_PAGE_BYTES: u64 = 2 << 20;

@@ -1,8 +1,8 @@
 use proptest::prelude::*;
 
 use super::super::{GuestMemory, GuestPhysAddr, PAGE_BYTES, Region, Segment, UmemAddr, UserAddr};
-use super::{memfd, region};
-use crate::fixture::cases;
+use super::region;
+use crate::fixture::{cases, memfd};
 
 /// Translation by its definition: look at every region, in arithmetic that cannot overflow.
 fn naive(regions: &[Region], addr: u64, len: u32) -> Option<Segment> {

@@ -1,0 +1,7 @@
+//! rx against a model kernel and a driver that trusts nobody.
+
+mod bench;
+mod bursts;
+mod disabled;
+mod fit;
+mod waiting;

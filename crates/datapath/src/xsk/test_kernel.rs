@@ -1,0 +1,211 @@
+//! The kernel's side of an AF_XDP socket, for tests of the pump: the four rings in a memfd, and what
+//! `net/xdp/xsk.c` and `xsk_buff_pool.c` do with them in copy mode (kernel-facts, sections 3 and 6).
+//!
+//! It trusts nobody: a fill entry or tx descriptor that the real one would refuse ends the test, for there it would
+//! vanish. A datagram socket stands in for the socket's descriptor, so that wake-ups are real system calls: each is a
+//! message to [`TestKernel`].
+
+use std::collections::VecDeque;
+use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+
+use super::ring::{Consumer, Producer};
+use super::socket::Rings;
+use super::{
+    BindMode, CHUNK_BYTES, COMPLETION_RING_DESCS, DriverRules, OFFSET_SHIFT, RX_RING_DESCS, TX_RING_DESCS, UmemLayout,
+    XskSocket,
+};
+use crate::fixture::memfd;
+use crate::guest_memory::{GuestMemory, UmemAddr};
+
+/// As in Linux 6.18.
+const OFFSETS: libc::xdp_ring_offset = libc::xdp_ring_offset { producer: 0, consumer: 64, desc: 320, flags: 256 };
+/// MAX_SKB_FRAGS + 1.
+const PIECES_MAX: usize = 18;
+
+/// What became of a frame from the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Received {
+    /// It is in the rx ring, and starts here.
+    At(UmemAddr),
+    /// No fill entry.
+    NoBuffer,
+    /// Longer than the UMEM's frames.
+    Oversize,
+    /// No room in the rx ring; its buffer is used for the next frame.
+    RingFull,
+}
+
+/// A packet between the tx ring and the completion ring.
+#[derive(Debug)]
+struct Packet {
+    pieces: Vec<(u64, u32)>,
+}
+
+/// The kernel, as one socket sees it.
+#[derive(Debug)]
+pub(crate) struct TestKernel {
+    memory: Arc<GuestMemory>,
+    layout: UmemLayout,
+    mode: BindMode,
+    fill: Consumer<u64>,
+    completion: Producer<u64>,
+    rx: Producer<libc::xdp_desc>,
+    tx: Consumer<libc::xdp_desc>,
+    /// Fill entries whose frame was dropped or passed: used again before new ones, the last one first.
+    free_list: Vec<u64>,
+    sending: VecDeque<Packet>,
+    wakeups: UnixDatagram,
+}
+
+impl TestKernel {
+    /// A kernel and a socket bound to it, with the rules of copy mode.
+    pub fn bind(memory: &Arc<GuestMemory>, layout: UmemLayout, mode: BindMode) -> (Self, XskSocket) {
+        // A file as large as the highest of the rings' offsets; sparse.
+        let rings = memfd("test-kernel-rings", libc::XDP_UMEM_PGOFF_COMPLETION_RING + (1 << 20));
+        let fd = rings.as_raw_fd();
+        let (wakeups, socket) = UnixDatagram::pair().unwrap();
+        wakeups.set_nonblocking(true).unwrap();
+        let kernel = Self {
+            memory: Arc::clone(memory),
+            layout,
+            mode,
+            fill: Consumer::map(fd, &OFFSETS, libc::XDP_UMEM_PGOFF_FILL_RING, RX_RING_DESCS).unwrap(),
+            completion: Producer::map(fd, &OFFSETS, libc::XDP_UMEM_PGOFF_COMPLETION_RING, COMPLETION_RING_DESCS)
+                .unwrap(),
+            rx: Producer::map(fd, &OFFSETS, libc::XDP_PGOFF_RX_RING as u64, RX_RING_DESCS).unwrap(),
+            tx: Consumer::map(fd, &OFFSETS, libc::XDP_PGOFF_TX_RING as u64, TX_RING_DESCS).unwrap(),
+            free_list: Vec::new(),
+            sending: VecDeque::new(),
+            wakeups,
+        };
+        let offsets = libc::xdp_mmap_offsets { rx: OFFSETS, tx: OFFSETS, fr: OFFSETS, cr: OFFSETS };
+        let rules = DriverRules::copy_mode(layout.frame_max, PIECES_MAX);
+        let socket = XskSocket::over(Rings::map(fd, &offsets).unwrap(), socket.into(), mode, layout, rules);
+        (kernel, socket)
+    }
+
+    /// A fill entry for a frame: one that was freed, else the next of the fill ring.
+    fn allocate(&mut self) -> Option<u64> {
+        if let Some(entry) = self.free_list.pop() {
+            return Some(entry);
+        }
+        (self.fill.peek() > 0).then(|| {
+            let entry = self.fill.read();
+            self.fill.release();
+            assert!(
+                entry.checked_add(CHUNK_BYTES).is_some_and(|end| end <= self.memory.len_bytes()),
+                "fill entry {entry:#x} would vanish without a trace"
+            );
+            entry
+        })
+    }
+
+    /// A frame arrives from the wire, and the XDP program redirects it to the socket.
+    pub fn receive(&mut self, frame: &[u8]) -> Received {
+        self.receive_shifted(frame, 0)
+    }
+
+    /// As [`receive`](Self::receive), with the frame `shift` bytes further on than expected.
+    pub fn receive_shifted(&mut self, frame: &[u8], shift: u64) -> Received {
+        if frame.len() > self.layout.frame_max as usize {
+            return Received::Oversize;
+        }
+        let Some(fill) = self.allocate() else { return Received::NoBuffer };
+        let offset = self.layout.frame_offset() + shift;
+        let at = UmemAddr(fill + offset);
+        self.memory.write(at, frame);
+        if self.rx.free(1) == 0 {
+            self.free_list.push(fill);
+            return Received::RingFull;
+        }
+        self.rx.write(libc::xdp_desc { addr: fill | offset << OFFSET_SHIFT, len: frame.len() as u32, options: 0 });
+        self.rx.submit();
+        Received::At(at)
+    }
+
+    /// The XDP program drops or passes a frame that has been put into a buffer already.
+    pub fn drop_in_program(&mut self) {
+        if let Some(entry) = self.allocate() {
+            self.free_list.push(entry);
+        }
+    }
+
+    /// Works on the tx ring as one sendto does: up to `budget_descs` descriptors. Returns the number of packets taken.
+    pub fn send(&mut self, budget_descs: usize) -> usize {
+        let mut taken = 0;
+        let mut left = budget_descs;
+        loop {
+            let Some(packet) = self.next_packet(left) else { break taken };
+            left -= packet.pieces.len();
+            self.sending.push_back(packet);
+            taken += 1;
+        }
+    }
+
+    /// The next packet of the tx ring, if its descriptors fit `room`. Checks all that the kernel checks
+    /// (`net/xdp/xsk_queue.h`: xp_unaligned_validate_desc).
+    fn next_packet(&mut self, room: usize) -> Option<Packet> {
+        let mut pieces = Vec::new();
+        let mut more = true;
+        let available = self.tx.peek() as usize;
+        while more && pieces.len() < available.min(room) {
+            let desc = self.tx.read();
+            let end = desc.addr.checked_add(u64::from(desc.len)).unwrap();
+            assert!(desc.len > 0 && u64::from(desc.len) <= CHUNK_BYTES, "length of {desc:?}");
+            assert!(end <= self.memory.len_bytes(), "{desc:?} is outside the UMEM");
+            assert_eq!(desc.options & !libc::XDP_PKT_CONTD, 0, "options of {desc:?}");
+            more = desc.options & libc::XDP_PKT_CONTD != 0;
+            pieces.push((desc.addr, desc.len));
+        }
+        assert!(pieces.len() <= PIECES_MAX, "a packet of {} pieces would be refused", pieces.len());
+        if more {
+            // Nothing there, or the budget cuts a packet in two: the kernel leaves it for the next call.
+            assert!(pieces.len() >= room || pieces.is_empty(), "a packet without an end");
+            self.tx.unread(pieces.len() as u32);
+            return None;
+        }
+        self.tx.release();
+        Some(Packet { pieces })
+    }
+
+    /// Number of packets taken and not completed.
+    pub fn sending(&self) -> usize {
+        self.sending.len()
+    }
+
+    /// Completes the packet that was taken `index` packets after the oldest one. Returns its bytes as they are now:
+    /// the device may read them until then.
+    pub fn complete(&mut self, index: usize) -> Vec<u8> {
+        let packet = self.sending.remove(index).unwrap();
+        let mut frame = Vec::new();
+        for (addr, len) in packet.pieces {
+            frame.extend((0..u64::from(len)).map(|i| self.memory.read::<1>(UmemAddr(addr + i))[0]));
+            assert!(self.completion.free(1) > 0, "the completion ring has room for all that is in the kernel's hands");
+            self.completion.write(if self.mode == BindMode::Copy { addr & !1 } else { addr });
+        }
+        self.completion.submit();
+        frame
+    }
+
+    /// Asks to be woken for the tx ring, or not to be.
+    pub fn ask_for_tx_wakeup(&mut self, on: bool) {
+        self.tx.set_needs_wakeup(on);
+    }
+
+    /// Asks to be woken for the fill ring, or not to be.
+    pub fn ask_for_fill_wakeup(&mut self, on: bool) {
+        self.fill.set_needs_wakeup(on);
+    }
+
+    /// Number of sends since the last time this was asked.
+    pub fn tx_wakeups(&self) -> usize {
+        let message = || match self.wakeups.recv(&mut [0; 1]) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+            received => Some(received.unwrap()),
+        };
+        std::iter::from_fn(message).count()
+    }
+}

@@ -1,0 +1,5 @@
+//! Rings, layout and rules of AF_XDP, without a socket.
+
+mod layout;
+mod rings;
+mod rules;
