@@ -15,6 +15,9 @@ from contextlib import asynccontextmanager, contextmanager
 from mpassthru.errors import MpassthruError
 from mpassthru.testing.netns import Namespace
 
+GRACE_S = 5.0
+"""Seconds that a child has to end by itself."""
+
 
 class ChildError(MpassthruError):
     """A program that the harness runs did not do what it was started for."""
@@ -29,8 +32,8 @@ def _command(arguments: Sequence[str], namespace: Namespace | None) -> list[str]
     return [*enter, "setpriv", "--pdeathsig", "KILL", "--", *arguments]
 
 
-async def end_child(process: Process, *, grace_s: float = 5.0) -> int:
-    """End a child and reap it: end of file and SIGTERM, then SIGKILL after `grace_s` seconds.
+async def end_child(process: Process) -> int:
+    """End a child and reap it: end of file and SIGTERM, then SIGKILL after `GRACE_S` seconds.
 
     Returns:
         Its exit status; negative if a signal ended it.
@@ -40,7 +43,7 @@ async def end_child(process: Process, *, grace_s: float = 5.0) -> int:
     if process.returncode is None:
         process.terminate()
     try:
-        async with asyncio.timeout(grace_s):
+        async with asyncio.timeout(GRACE_S):
             await process.wait()
     except TimeoutError:
         pass

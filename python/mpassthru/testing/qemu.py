@@ -174,7 +174,7 @@ class QemuGuest:
         self._resources.callback(self._writer.close)
         try:
             self.qmp = await QmpClient.open(qmp)
-        except (ChildError, ConnectionError) as error:
+        except ChildError as error:
             raise await self._lost("(start)") from error
         self._resources.callback(self.qmp.close)
         await self.run("true", timeout_s=self._boot_timeout_s)

@@ -9,6 +9,7 @@ import asyncio
 import json
 import socket
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 from mpassthru.testing.child import ChildError
@@ -33,11 +34,18 @@ class QmpClient:
             ChildError: QEMU ended, or what answers is not QEMU.
         """
         client = cls(*await asyncio.open_connection(sock=connected, limit=_LINE_MAX_BYTES))
-        greeting = await client._receive()
+        try:
+            await client._negotiate()
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    async def _negotiate(self) -> None:
+        greeting = await self._receive()
         if "QMP" not in greeting:
             raise ChildError(f"expected a QMP greeting, got {greeting}")
-        await client.execute("qmp_capabilities")
-        return client
+        await self.execute("qmp_capabilities")
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a command and return its result. Argument names may have `_` for QMP's `-`.
@@ -50,7 +58,8 @@ class QmpClient:
             request["arguments"] = {name.replace("_", "-"): value for name, value in arguments.items()}
         async with self._lock:
             self._writer.write(json.dumps(request).encode() + b"\n")
-            await self._writer.drain()
+            with suppress(ConnectionError):  # QEMU is gone: receiving says so
+                await self._writer.drain()
             while True:
                 answer = await self._receive()
                 if "event" in answer:
@@ -76,7 +85,10 @@ class QmpClient:
             return event
 
     async def _receive(self) -> dict[str, Any]:
-        line = await self._reader.readline()
+        try:
+            line = await self._reader.readline()
+        except ConnectionError:
+            line = b""
         if not line:
             raise ChildError("QEMU closed its QMP connection")
         message: dict[str, Any] = json.loads(line)
