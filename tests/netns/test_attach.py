@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,14 @@ def mapped_files(pid: int) -> set[tuple[int, int]]:
         major, minor = (int(number, 16) for number in device.split(":"))
         files.add((os.makedev(major, minor), int(inode)))
     return files
+
+
+def has_restarted(times: int, report: AttachReport) -> bool:
+    return report.worker_restarts == times and report.worker_pid is not None
+
+
+def is_idle_after(sessions: int, report: AttachReport) -> bool:
+    return report.sessions == sessions and report.guest == "waiting"
 
 
 @pytest.fixture
@@ -267,9 +276,7 @@ async def test_killed_worker_is_replaced_and_the_guest_comes_back(veth: Namespac
         for restarts in range(1, KILLS + 1):
             guest.start(rx="sink", source=Source(pattern=Pattern()))
             os.kill(worker_of(await port.until(lambda report: report.mode == "copy")), signal.SIGKILL)
-            await port.until(
-                lambda report, restarts=restarts: report.worker_restarts == restarts and report.worker_pid is not None
-            )
+            await port.until(partial(has_restarted, restarts))
             guest.pause()
             await guest.reconnect(frontends.enter_context(await Frontend.connect(path, timeout_s=TIMEOUT_S)))
             await check_traffic(veth, guest)
@@ -347,9 +354,7 @@ async def test_killed_frontend_makes_room_for_the_next(veth: Namespace, path: Pa
                 assert await process.stdout.readline() == b"running\n"
                 process.kill()
                 await process.wait()
-            await port.until(
-                lambda report, sessions=sessions: report.sessions == sessions and report.guest == "waiting"
-            )
+            await port.until(partial(is_idle_after, sessions))
         async with running_guest(port, path) as guest:
             await check_traffic(veth, guest)
         report = await port.stop()

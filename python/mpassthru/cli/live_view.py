@@ -128,8 +128,8 @@ class _Meter:
 
 
 def share(part: int, whole: int) -> str:
-    """A share in percent; a dash of nothing."""
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+    """A share in percent, never rounded up to all; a dash of nothing."""
+    return f"{1000 * part // whole / 10:.1f} %" if whole else "-"
 
 
 def by_reason(counts: dict[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ def _direct_share(name: str, direction: DirectionReport) -> Check:
     return Check(
         name=f"{name}: directly from or to guest memory",
         ok=share >= DIRECT_SHARE_MIN,
-        found=f"{100 * share:.2f} %",
+        found=f"{math.floor(10_000 * share) / 100:.2f} %",
     )
 
 

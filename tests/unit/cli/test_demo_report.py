@@ -1,0 +1,45 @@
+"""The demo's verdict: what fails it."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from mpassthru.broker.status import AttachReport, PortStatus
+from mpassthru.demo.report import port_checks
+from mpassthru.report import DirectionReport
+
+GOOD_DIRECTION = DirectionReport(frames=1000, bytes=60_000, direct=995, bounced={"x": 5}, copied_bytes=300)
+GOOD = msgspec.structs.replace(
+    PortStatus().report(interface="mpt0", queue_ids=(0,), xdp_mode="native"), rx=GOOD_DIRECTION, tx=GOOD_DIRECTION
+)
+
+
+def failed(report: AttachReport) -> list[str]:
+    return [check.name for check in port_checks(report) if not check.ok]
+
+
+def test_good_port_passes() -> None:
+    assert failed(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("direction", "name"),
+    [
+        (DirectionReport(), "frames moved"),
+        (DirectionReport(frames=1000, direct=989, bounced={"x": 11}), "directly from or to guest memory"),
+        (DirectionReport(frames=1000, direct=1000, copied_bytes=1), "bytes copied in user space"),
+    ],
+    ids=["no frames", "too few direct", "copies on the direct path"],
+)
+@pytest.mark.parametrize("side", ["rx", "tx"])
+def test_bad_direction_fails_it(direction: DirectionReport, name: str, side: str) -> None:
+    report = msgspec.structs.replace(GOOD, **{side: direction})
+
+    assert f"{side}: {name}" in failed(report)
+
+
+def test_trouble_of_the_port_fails_it() -> None:
+    report = msgspec.structs.replace(GOOD, troubles=("virtqueue 0 stopped",))
+
+    assert failed(report) == ["port without errors"]
