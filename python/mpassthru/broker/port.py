@@ -27,6 +27,7 @@ from mpassthru.broker.worker_process import STOP_TIMEOUT_S, WorkerProcess
 from mpassthru.broker.xsk import create_socket
 from mpassthru.control import ControlError, close_fds
 from mpassthru.errors import HostError, MpassthruError
+from mpassthru.log import LineLimiter
 from mpassthru.report import DirectionReport
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Port:
         self._steering = steering
         self._endpoint = endpoint
         self._once = once or endpoint.single
-        self._say = say
+        self._say = LineLimiter(say)
         self._start_worker = start_worker
         self._new_socket = new_socket
         self._stopping = stopping or asyncio.Event()
