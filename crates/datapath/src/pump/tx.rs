@@ -320,3 +320,6 @@ fn gather(memory: &GuestMemory, pieces: &[Segment], frame: UmemAddr, counts: &mu
 
 // The tx ring never holds more than the completion ring can answer.
 const _: () = assert!(TX_RING_DESCS <= COMPLETION_RING_DESCS, "a completion has room for every descriptor");
+
+#[cfg(test)]
+mod tests;

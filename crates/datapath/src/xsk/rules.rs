@@ -3,6 +3,7 @@
 //! In copy mode the kernel is between us and the driver, and there are few. In zero-copy mode the NIC's own limits hold
 //! (kernel-facts, sections 3 and 5 to 7); the driver table of the control plane has them by driver.
 
+use super::FRAME_BYTES_MAX;
 use crate::guest_memory::{GuestMemory, PAGE_BYTES, UmemAddr};
 
 /// Limits of one socket.
@@ -50,6 +51,16 @@ impl DriverRules {
             tx_frame_min: 0,
             tx_pieces_max: pieces,
             contiguity: Contiguity::NotNeeded,
+        }
+    }
+
+    /// These rules, with what a chunk can hold as the limit: bounce frames are one chunk long.
+    pub fn within_a_chunk(self) -> Self {
+        Self {
+            tx_frame_max: self.tx_frame_max.min(FRAME_BYTES_MAX),
+            tx_frame_min: self.tx_frame_min.min(FRAME_BYTES_MAX),
+            rx_write_align: self.rx_write_align.max(1),
+            ..self
         }
     }
 

@@ -151,7 +151,7 @@ impl XskSocket {
         }
         let rules = match (mode, params.zero_copy_rules) {
             (BindMode::Copy, _) => DriverRules::copy_mode(params.layout.frame_max, copy_mode_pieces_max()),
-            (BindMode::ZeroCopy, Some(rules)) => rules,
+            (BindMode::ZeroCopy, Some(rules)) => rules.within_a_chunk(),
             (BindMode::ZeroCopy, None) => {
                 return Err(Error::Refused("zero-copy mode needs the driver's rules: guest memory is at stake".into()));
             }

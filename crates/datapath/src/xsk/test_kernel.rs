@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
@@ -58,6 +59,8 @@ pub(crate) struct TestKernel {
     free_list: Vec<u64>,
     sending: VecDeque<Packet>,
     wakeups: UnixDatagram,
+    /// The socket's own descriptor, to make it readable or not.
+    socket: UnixDatagram,
 }
 
 impl TestKernel {
@@ -68,6 +71,7 @@ impl TestKernel {
         let fd = rings.as_raw_fd();
         let (wakeups, socket) = UnixDatagram::pair().unwrap();
         wakeups.set_nonblocking(true).unwrap();
+        socket.set_nonblocking(true).unwrap();
         let kernel = Self {
             memory: Arc::clone(memory),
             layout,
@@ -80,6 +84,7 @@ impl TestKernel {
             free_list: Vec::new(),
             sending: VecDeque::new(),
             wakeups,
+            socket: socket.try_clone().unwrap(),
         };
         let offsets = libc::xdp_mmap_offsets { rx: OFFSETS, tx: OFFSETS, fr: OFFSETS, cr: OFFSETS };
         let rules = DriverRules::copy_mode(layout.frame_max, PIECES_MAX);
@@ -103,13 +108,9 @@ impl TestKernel {
         })
     }
 
-    /// A frame arrives from the wire, and the XDP program redirects it to the socket.
-    pub fn receive(&mut self, frame: &[u8]) -> Received {
-        self.receive_shifted(frame, 0)
-    }
-
-    /// As [`receive`](Self::receive), with the frame `shift` bytes further on than expected.
-    pub fn receive_shifted(&mut self, frame: &[u8], shift: u64) -> Received {
+    /// A frame arrives from the wire, and the XDP program redirects it to the socket. It starts `shift` bytes further on
+    /// than computed.
+    pub fn receive(&mut self, frame: &[u8], shift: u64) -> Received {
         if frame.len() > self.layout.frame_max as usize {
             return Received::Oversize;
         }
@@ -195,17 +196,36 @@ impl TestKernel {
         self.tx.set_needs_wakeup(on);
     }
 
-    /// Asks to be woken for the fill ring, or not to be.
+    /// Asks to be woken for the fill ring, or not to be. Sends a message that a wake-up takes.
     pub fn ask_for_fill_wakeup(&mut self, on: bool) {
         self.fill.set_needs_wakeup(on);
+        self.wakeups.send(&[]).unwrap();
+    }
+
+    /// Makes the socket readable while there are frames in the rx ring, as poll() says of the real one.
+    pub fn update_readiness(&mut self) {
+        messages(&self.socket);
+        if self.rx.pending() > 0 {
+            self.wakeups.send(&[]).unwrap();
+        }
+    }
+
+    /// Refuses every send from now on, as if the interface were down.
+    pub fn refuse_sends(&self) {
+        self.wakeups.shutdown(Shutdown::Both).unwrap();
     }
 
     /// Number of sends since the last time this was asked.
     pub fn tx_wakeups(&self) -> usize {
-        let message = || match self.wakeups.recv(&mut [0; 1]) {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
-            received => Some(received.unwrap()),
-        };
-        std::iter::from_fn(message).count()
+        messages(&self.wakeups)
     }
+}
+
+/// Reads all messages; their number.
+fn messages(from: &UnixDatagram) -> usize {
+    let message = || match from.recv(&mut [0; 1]) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+        received => Some(received.unwrap()),
+    };
+    std::iter::from_fn(message).count()
 }

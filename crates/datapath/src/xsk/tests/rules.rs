@@ -1,7 +1,7 @@
 use mpassthru_testing::memory::{Backing, GuestPhysAddr, RegionConfig};
 use proptest::prelude::*;
 
-use super::super::{CHUNK_BYTES, Contiguity, DriverRules};
+use super::super::{CHUNK_BYTES, Contiguity, DriverRules, FRAME_BYTES_MAX};
 use crate::fixture::{Guest, cases};
 use crate::guest_memory::{PAGE_BYTES, UmemAddr};
 
@@ -59,4 +59,18 @@ fn test_a_range_in_a_huge_page_is_contiguous_unless_it_begins_before_it() {
         let small = guest.umem(PAGE_BYTES);
         assert!(!rules.is_contiguous(&guest.memory, UmemAddr(small.0 - 1), 2, small, hint), "base pages next to it");
     }
+}
+
+#[test]
+fn test_rules_never_exceed_a_chunk_of_the_slab() {
+    let wild = DriverRules {
+        tx_frame_max: u32::MAX,
+        tx_frame_min: 9000,
+        rx_write_align: 0,
+        ..DriverRules::copy_mode(1536, 18)
+    };
+    let held = wild.within_a_chunk();
+    assert_eq!((held.tx_frame_max, held.tx_frame_min, held.rx_write_align), (FRAME_BYTES_MAX, FRAME_BYTES_MAX, 1));
+    let tame = rules(Contiguity::WithinBasePage);
+    assert_eq!(tame.within_a_chunk(), tame);
 }

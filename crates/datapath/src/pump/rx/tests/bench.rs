@@ -113,7 +113,7 @@ impl Bench {
 
     /// A numbered frame of `len` bytes arrives, `shift` bytes further on than expected.
     pub fn receive(&mut self, len: u32, shift: u64) -> Received {
-        let received = self.kernel.receive_shifted(&frame(self.next_frame, len), shift);
+        let received = self.kernel.receive(&frame(self.next_frame, len), shift);
         if let Received::At(at) = received {
             let in_guest = at.0 >= self.guest.memory.slab_bytes();
             self.in_place.insert(self.next_frame, in_guest && shift == 0);

@@ -1,9 +1,12 @@
+use std::time::Duration;
+
 use mpassthru_testing::driver::Segment;
 use mpassthru_testing::memory::GuestPhysAddr;
 use proptest::prelude::*;
 
 use super::bench::{Bench, Delivered, Shape, frame, number};
 use crate::fixture::cases;
+use crate::pump::wait::sleep;
 use crate::stats::DropReason;
 use crate::xsk::test_kernel::Received;
 
@@ -176,4 +179,15 @@ fn test_without_buffers_the_kernel_drops_and_nothing_happens() {
     assert_eq!(bench.burst(), 0);
     assert_eq!(bench.receive(60, 0), Received::NoBuffer);
     assert_eq!((bench.burst(), bench.counts.frames), (0, 0));
+}
+
+#[test]
+fn test_the_driver_is_woken_for_the_fill_ring_only_if_it_asked() {
+    let mut bench = Bench::new(true, 1524);
+    let is_readable = |bench: &Bench| sleep([bench.xsk.raw_fd()], Some(Duration::ZERO))[0];
+    for asked in [false, true] {
+        bench.kernel.ask_for_fill_wakeup(asked);
+        bench.burst();
+        assert_eq!(is_readable(&bench), !asked, "a wake-up takes the message");
+    }
 }

@@ -1,0 +1,235 @@
+//! A guest that sends chains of any shape, the device, and a kernel that sends and completes in any order.
+//!
+//! What a chain refers to is overwritten as soon as its head is used: a head that is used too early shows as a frame
+//! with the wrong bytes, for the kernel reads them as late as it may.
+
+use std::collections::HashMap;
+
+use mpassthru_testing::driver::{IndirectTables, RingLayout, Segment, SplitDriver};
+use mpassthru_testing::memory::GuestPhysAddr;
+
+use super::super::{Tx, TxInFlight};
+use crate::fixture::{Guest, VIRTIO_F_VERSION_1};
+use crate::pump::slab::Slab;
+use crate::pump::vring::Vring;
+use crate::stats::{BounceReason, Counts, DropReason};
+use crate::xsk::test_kernel::TestKernel;
+use crate::xsk::{BindMode, UmemLayout, XskSocket};
+
+pub const QUEUE_SIZE: u16 = 128;
+pub const FRAME_MAX: u32 = 1524;
+const TABLES: IndirectTables = IndirectTables { start: GuestPhysAddr(0x4000), entries: 32 };
+const SLOT_BYTES: u64 = 4096;
+/// Memory that many frames refer to at once, and that never changes.
+const SHARED_AT: u64 = 0x2_0000;
+const SHARED_BYTES: u64 = 8192;
+const SLOTS_AT: u64 = SHARED_AT + SHARED_BYTES;
+
+/// A piece of a frame.
+#[derive(Debug, Clone, Copy)]
+pub enum Piece {
+    /// In memory of the frame's own: distance from the piece before, and length.
+    Own(u64, u32),
+    /// In shared memory: offset and length.
+    Shared(u64, u32),
+}
+
+/// A chain: whether the header has a piece of its own, and the frame.
+#[derive(Debug, Clone)]
+pub struct Chain {
+    pub split_header: bool,
+    pub indirect: bool,
+    pub pieces: Vec<Piece>,
+}
+
+impl Chain {
+    pub fn of(pieces: &[Piece]) -> Self {
+        Self { split_header: true, indirect: true, pieces: pieces.to_vec() }
+    }
+}
+
+pub struct Bench {
+    guest: Guest,
+    layout: RingLayout,
+    mode: BindMode,
+    pub driver: SplitDriver,
+    pub tx: Tx,
+    pub flight: TxInFlight,
+    pub xsk: XskSocket,
+    pub kernel: TestKernel,
+    pub counts: Counts,
+    slots: HashMap<u16, u64>,
+    free_slots: Vec<u64>,
+    next_frame: u64,
+    /// Frames that were posted and have not been seen on the wire, by content.
+    pub unsent: HashMap<Vec<u8>, u32>,
+    /// Frames seen on the wire, and their bytes.
+    pub sent: (u64, u64),
+    pub used: u64,
+}
+
+impl Bench {
+    pub fn new(mode: BindMode) -> Self {
+        let guest = Guest::of_pages((SLOTS_AT + SLOT_BYTES * u64::from(QUEUE_SIZE)) / 4096);
+        let shared: Vec<u8> = (0..SHARED_BYTES).map(|i| (i * i / 7 + i) as u8).collect();
+        guest.vmm.write(GuestPhysAddr(SHARED_AT), &shared).unwrap();
+        let layout = RingLayout::contiguous(GuestPhysAddr(0), QUEUE_SIZE);
+        let mut driver = SplitDriver::new(&guest.vmm, layout, false).unwrap();
+        driver.use_indirect_tables(TABLES).unwrap();
+        let config = guest.vring_config(&layout, VIRTIO_F_VERSION_1);
+        let tx = Tx::new(Vring::new(guest.memory.clone(), config).unwrap());
+        let (kernel, xsk) = TestKernel::bind(&guest.memory, UmemLayout::for_frames(FRAME_MAX).unwrap(), mode);
+        let mut flight = TxInFlight::new(Slab::new(0, 1));
+        flight.start(mode);
+        Self {
+            guest,
+            layout,
+            mode,
+            driver,
+            tx,
+            flight,
+            xsk,
+            kernel,
+            counts: Counts::default(),
+            slots: HashMap::new(),
+            free_slots: (0..u64::from(QUEUE_SIZE)).map(|slot| SLOTS_AT + slot * SLOT_BYTES).collect(),
+            next_frame: 0,
+            unsent: HashMap::new(),
+            sent: (0, 0),
+            used: 0,
+        }
+    }
+
+    /// Posts a chain; false if the ring is full.
+    pub fn post(&mut self, chain: &Chain) -> bool {
+        let Some(&slot) = self.free_slots.last() else { return false };
+        let mut at = slot;
+        let mut own = |gap: u64, len: u32| {
+            let piece = Segment::readable(GuestPhysAddr(at + gap), len);
+            at += gap + u64::from(len);
+            piece
+        };
+        let mut pieces = vec![own(3, 12)];
+        pieces.extend(chain.pieces.iter().map(|&piece| match piece {
+            Piece::Own(gap, len) => own(gap, len),
+            Piece::Shared(offset, len) => Segment::readable(GuestPhysAddr(SHARED_AT + offset), len),
+        }));
+        assert!(at <= slot + SLOT_BYTES, "a chain fits a slot");
+        if !chain.split_header && pieces.len() > 1 && pieces[1].address == pieces[0].address.plus(12) {
+            let header = pieces.remove(0);
+            pieces[0] = Segment::readable(header.address, header.len + pieces[0].len);
+        }
+        let added = if chain.indirect { self.driver.add_indirect(&pieces) } else { self.driver.add(&pieces) };
+        let Ok(head) = added else { return false };
+        self.guest.vmm.write(GuestPhysAddr(slot), &content(self.next_frame)).unwrap();
+        let frame = self.read(&pieces).split_off(12);
+        *self.unsent.entry(frame).or_default() += 1;
+        self.free_slots.pop();
+        self.slots.insert(head, slot);
+        self.next_frame += 1;
+        true
+    }
+
+    fn read(&self, pieces: &[Segment]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for piece in pieces {
+            let mut part = vec![0; piece.len as usize];
+            self.guest.vmm.read(piece.address, &mut part).unwrap();
+            bytes.extend(part);
+        }
+        bytes
+    }
+
+    /// Posts chains and shows them to the device.
+    pub fn post_all(&mut self, chains: &[Chain]) {
+        for chain in chains {
+            assert!(self.post(chain));
+        }
+        self.driver.publish();
+    }
+
+    pub fn burst(&mut self) -> u32 {
+        self.tx.burst(&mut self.xsk, &mut self.flight, &mut self.counts).unwrap()
+    }
+
+    /// The kernel completes a packet, which must be a frame that was posted.
+    pub fn complete(&mut self, index: usize) {
+        let frame = self.kernel.complete(index);
+        self.sent.0 += 1;
+        self.sent.1 += frame.len() as u64;
+        let left = self.unsent.get_mut(&frame).filter(|left| **left > 0);
+        *left.unwrap_or_else(|| panic!("a frame was sent that the guest did not post: {frame:02x?}")) -= 1;
+    }
+
+    /// The driver takes what was used and overwrites its memory.
+    pub fn take(&mut self) {
+        while let Some(used) = self.driver.pop_used() {
+            let used = used.unwrap();
+            assert_eq!(used.len, 0, "the device writes nothing on tx");
+            let slot = self.slots.remove(&used.head).unwrap();
+            self.guest.vmm.write(GuestPhysAddr(slot), &[0xee; SLOT_BYTES as usize]).unwrap();
+            self.free_slots.push(slot);
+            self.driver.release(used.head);
+            self.used += 1;
+        }
+        let done = self.sent.0 + self.dropped_frames() + self.bounced_frames();
+        assert!(self.used <= done, "a head is used when its frame has left, not before");
+    }
+
+    /// Kernel and device work until there is nothing left to do.
+    pub fn settle_down(&mut self) {
+        loop {
+            let taken = self.kernel.send(usize::MAX);
+            while self.kernel.sending() > 0 {
+                self.complete(0);
+            }
+            let moved = self.burst();
+            self.take();
+            if taken == 0 && moved == 0 {
+                break;
+            }
+        }
+        assert!(self.flight.is_empty());
+    }
+
+    /// The socket is closed with frames in it; the queue stops and starts again.
+    pub fn restart(&mut self) {
+        let (kernel, xsk) = TestKernel::bind(&self.guest.memory, self.xsk.layout, self.mode);
+        (self.kernel, self.xsk) = (kernel, xsk);
+        self.flight.abandon(|head| self.tx.vring.queue.push_used(head, 0));
+        self.tx.vring.flush();
+        self.flight.start(self.mode);
+        // What was in the kernel's hands may have left or not: here it has.
+        let in_kernel = self.counts.frames - self.sent.0;
+        self.sent.0 += in_kernel;
+        self.take();
+        let settled = self.driver.settle(self.tx.vring.queue.next_avail()).unwrap();
+        assert_eq!((settled.never_returned, settled.returned_twice), (0, 0));
+        assert_eq!(settled.given_back, self.driver.outstanding());
+        let mut config = self.guest.vring_config(&self.layout, VIRTIO_F_VERSION_1);
+        config.queue.base = self.tx.vring.queue.next_avail();
+        config.enabled = self.tx.vring.enabled;
+        self.tx = Tx::new(Vring::new(self.guest.memory.clone(), config).unwrap());
+    }
+
+    pub fn dropped(&self, reason: DropReason) -> u64 {
+        self.counts.dropped[reason as usize]
+    }
+
+    pub fn bounced(&self, reason: BounceReason) -> u64 {
+        self.counts.bounced[reason as usize]
+    }
+
+    pub fn dropped_frames(&self) -> u64 {
+        self.counts.dropped.iter().sum()
+    }
+
+    pub fn bounced_frames(&self) -> u64 {
+        self.counts.bounced.iter().sum()
+    }
+}
+
+/// The memory of frame `number`.
+fn content(number: u64) -> Vec<u8> {
+    (0..SLOT_BYTES).map(|i| (i * 11 + number * 37 + i / 256) as u8).collect()
+}

@@ -1,0 +1,7 @@
+//! tx against a model kernel and a driver that trusts nobody.
+
+mod bench;
+mod bursts;
+mod completions;
+mod verdicts;
+mod wakeups;
