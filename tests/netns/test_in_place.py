@@ -100,7 +100,8 @@ async def receive_every_size(
         part = frames[start : start + WINDOW]
         for frame in part:
             socket_of_peer.send(frame)
-        await guest.wait_for(lambda c, upto=start + len(part): c.rx_frames >= upto)
+        sent = start + len(part)
+        await guest.wait_for(lambda c, sent=sent: c.rx_frames >= sent)
         received += guest.take_captured()
     assert received == frames
     await guest.stop()
