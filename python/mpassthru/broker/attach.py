@@ -79,7 +79,7 @@ class AttachOptions:
 
 
 class View(Protocol):
-    """Shows what goes on; see `mpassthru.cli.live_view`."""
+    """Shows what goes on; see `mpassthru.live_view`."""
 
     def say(self, line: str) -> None:
         """Show one line."""

@@ -219,9 +219,9 @@ class Port:
                 self._release_socket(queue_pair)
             case control.SessionChanged(state=state, error=error):
                 self._session_changed(state, error)
-            case control.Fault(vring=vring, kind=kind, error=error):
+            case control.Fault(vring=vring, error=error):
                 self.status.faults += 1
-                self._trouble(f"virtqueue {vring} stopped ({kind}): {printable(error)}")
+                self._trouble(f"virtqueue {vring} was stopped, for the guest broke it: {printable(error)}")
             case control.Notice(text=text, trouble=trouble):
                 (self._trouble if trouble else self._say)(printable(text))
             case control.WorkerReport(rx=rx, tx=tx):

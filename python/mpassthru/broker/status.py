@@ -23,7 +23,7 @@ class AttachReport(PortReport, frozen=True, kw_only=True):
     sessions: int
     """Front-ends that have connected."""
     faults: int
-    """Virtqueues and sockets that were stopped by an error."""
+    """Virtqueues that were stopped because the guest broke them."""
     worker_pid: int | None
     worker_restarts: int
     steering: dict[str, dict[str, int]]

@@ -14,9 +14,9 @@ from rich.console import Console
 from mpassthru.broker.attach import AttachOptions, Steer, attach
 from mpassthru.broker.status import to_json
 from mpassthru.cli.backend import PrintCapabilities
-from mpassthru.cli.live_view import JsonView, LineView, TerminalView, View
 from mpassthru.cli.recipe import GuestRecipe
 from mpassthru.cli.sizes import parse_size
+from mpassthru.live_view import JsonView, LineView, TerminalView, View
 
 INTERVAL_TERMINAL_S = 1.0
 INTERVAL_LINES_S = 10.0

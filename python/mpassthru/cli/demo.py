@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mpassthru.cli.live_view import JsonView, LineView, TerminalView, View, by_reason, share
 from mpassthru.demo import DemoReport, run_builtin, run_qemu
 from mpassthru.errors import RefusedError
+from mpassthru.live_view import JsonView, LineView, TerminalView, View, by_reason, share
 
 INTERVAL_TERMINAL_S = 0.25
 INTERVAL_LINES_S = 1.0

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Final
 
-from mpassthru.cli.live_view import View
 from mpassthru.demo.report import Check, DemoReport, port_checks
 from mpassthru.demo.scene import scene
+from mpassthru.live_view import View
 from mpassthru.testing.guest import BuiltinGuest
 from mpassthru.testing.guest_config import GuestConfig, GuestCounters, Pattern, Source
 from mpassthru.testing.wire import PacketWire, WireCounters

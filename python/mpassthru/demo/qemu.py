@@ -10,10 +10,10 @@ from typing import Final
 
 import msgspec
 
-from mpassthru.cli.live_view import View
 from mpassthru.demo.report import Check, DemoReport, port_checks
 from mpassthru.demo.scene import Scene, scene
 from mpassthru.errors import RefusedError
+from mpassthru.live_view import View
 from mpassthru.testing.initramfs import GuestKernel, find_program
 from mpassthru.testing.kvm import kvm_works
 from mpassthru.testing.qemu import QemuGuest

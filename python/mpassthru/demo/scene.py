@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpassthru.cli.live_view import View
+from mpassthru.live_view import View
 from mpassthru.testing.attached_port import AttachedPort, attached_port
 from mpassthru.testing.netns import Namespace, veth_namespace
 

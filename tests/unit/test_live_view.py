@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mpassthru.broker.status import AttachReport, PortStatus
 from mpassthru.cli import live_view
-from mpassthru.cli.live_view import JsonView, LineView, Rates, TerminalView, by_reason, share
+from mpassthru.live_view import JsonView, LineView, Rates, TerminalView, by_reason, share
 from mpassthru.report import DirectionReport
 
 FIRST = PortStatus(guest="running").report(interface="eth9", queue_ids=(0,), xdp_mode="native")
