@@ -8,7 +8,21 @@ from typing import Literal, final
 
 from mpassthru.testing.guest_config import GuestConfig, Pattern, Source
 
-VringIndex = int
+__all__ = [
+    "Engine",
+    "Event",
+    "FrameGenerator",
+    "GuestDriver",
+    "GuestRing",
+    "MemoryRegion",
+    "PacketWire",
+    "SocketConfig",
+    "SteeringProgram",
+    "VringConfig",
+    "XdpSink",
+]
+
+_VringIndex = int
 """0-based: rx of queue pair n is 2n, tx is 2n + 1 (VIRTIO 1.3 section 5.1.2)."""
 
 # ---- engine: the data plane of one port (crates/datapath) -------------------------------------------------
@@ -97,7 +111,7 @@ class Engine:
             RefusedError: the regions overlap, or make a UMEM that the kernel cannot take.
         """
     def attach_socket(self, queue_pair: int, config: SocketConfig) -> int:
-        """Register the UMEM on the socket, map its rings and bind it; the event's value is 1 for zero-copy, 0 for copy."""
+        """Register the UMEM on the socket, map its rings and bind it. Value: 1 for zero-copy, 0 for copy."""
     def detach_socket(self, queue_pair: int) -> int:
         """Let frames leave, unmap the rings and close the socket. Value: 0.
 
@@ -122,8 +136,9 @@ class Engine:
     def counters(self) -> dict[str, object]:
         """The port's counters as plain data, shaped as `mpassthru.report.PortReport`'s `rx` and `tx`."""
     def close(self) -> None:
-        """Stop the threads, close every socket, unmap guest memory. Stop the virtqueues first: one that still runs is left
-        as a crash would leave it.
+        """Stop the threads, close every socket, unmap guest memory.
+
+        Stop the virtqueues first: one that still runs is left as a crash would leave it.
         """
 
 # ---- steering: the XDP program (crates/steering) -----------------------------------------------------------
@@ -176,7 +191,7 @@ class GuestDriver:
         """
     def regions(self) -> list[tuple[int, int, int, int, int]]:
         """Guest-physical address, size in bytes, user address, mmap offset and fd (which stays the driver's)."""
-    def ring(self, index: VringIndex) -> GuestRing: ...
+    def ring(self, index: _VringIndex) -> GuestRing: ...
     def start(
         self,
         queue_pair: int,
@@ -210,7 +225,7 @@ class GuestRing:
     """
 
     @property
-    def index(self) -> VringIndex: ...
+    def index(self) -> _VringIndex: ...
     @property
     def size(self) -> int: ...
     @property

@@ -29,7 +29,7 @@ class ProtocolError(MpassthruError):
     """A vhost-user message is malformed, or not allowed in this state."""
 
 
-class QueueFault(MpassthruError):
+class QueueFault(MpassthruError):  # noqa: N818 - a fault of the guest's, named as in Rust
     """The driver broke the ring protocol (VIRTIO 1.3 section 2.7)."""
 
 

@@ -57,7 +57,10 @@ struct VringConfig {
 impl VringConfig {
     #[new]
     #[pyo3(signature = (*, size, base, desc_user_address, avail_user_address, used_user_address, features, enabled,
-                        kick_fd, call_fd = -1, err_fd = -1))]
+                        kick_fd, call_fd = -1, err_fd = -1),
+           text_signature = "(*, size, base, desc_user_address, avail_user_address, used_user_address, features, enabled, \
+                             kick_fd, call_fd=-1, err_fd=-1)")]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
     fn new(
         size: u32,
         base: u16,
