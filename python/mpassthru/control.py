@@ -129,10 +129,9 @@ class SessionChanged(_Message, frozen=True):
 
 
 class Fault(_Message, frozen=True):
-    """A virtqueue or a socket stopped working; the other queues go on."""
+    """The guest broke a virtqueue, which was stopped; the others go on."""
 
     vring: int
-    kind: Literal["fault", "host-error"]
     error: str
 
 

@@ -268,6 +268,17 @@ async def test_interface_that_goes_away_ends_the_port_with_a_reason(veth: Namesp
     assert os.listdir(path.parent) == []
 
 
+async def test_interface_that_goes_down_and_up_again_carries_on(veth: Namespace, path: Path) -> None:
+    async with attached_port(veth, path) as port, running_guest(port, path) as guest:
+        guest.start(rx="sink", source=Source(pattern=Pattern(), rate_frames_per_s=10_000.0))
+        veth.run("ip", "link", "set", veth.ifname, "down")
+        await port.until_said("ENETDOWN")
+        veth.run("ip", "link", "set", veth.ifname, "up")
+        guest.start(rx="sink")
+
+        await check_traffic(veth, guest)
+
+
 # ---- SIGKILL at any moment ---------------------------------------------------------------------------------
 
 

@@ -353,7 +353,7 @@ async def test_broken_ring_stops_its_virtqueue_alone(
         misdeed(guest)
         guest.ring(TX).kick()
 
-        line = await port.until_said(f"virtqueue {TX} stopped (fault): ")
+        line = await port.until_said(f"virtqueue {TX} was stopped, for the guest broke it: ")
 
         assert guest.ring(TX).take_errors() == 1
         with veth.entered(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as wire:

@@ -20,7 +20,7 @@ class AsyncEngine:
 
     Args:
         engine: The engine; closed by `close`.
-        on_trouble: Called on the loop for each `fault` and `host-error` event.
+        on_trouble: Called on the loop for each event that ends no operation.
     """
 
     def __init__(self, engine: Engine, on_trouble: Callable[[Event], None]) -> None:

@@ -123,10 +123,11 @@ class Worker:
 
     def _on_trouble(self, event: Event) -> None:
         match event.kind:
-            case "fault" | "host-error" as kind:
-                self._channel.send(control.Fault(vring=event.vring, kind=kind, error=str(event.error)))
-                if kind == "host-error":
-                    self._tasks.create_task(self._device.give_up_socket(event.vring // 2))
+            case "fault":
+                self._channel.send(control.Fault(vring=event.vring, error=str(event.error)))
+            case "host-error":
+                # The engine tries again by itself: a link that went down comes back.
+                self._notice(str(event.error), trouble=True)
             case "kicked-empty":
                 # Harmless if the driver has only not begun; a front-end that keeps its memory private never begins.
                 if self._suspicion is None:

@@ -43,7 +43,7 @@ FROM_WORKER = [
     control.SocketBound(queue_pair=0, mode="copy"),
     control.SocketReleased(queue_pair=0),
     control.SessionChanged(state="waiting", error="gone"),
-    control.Fault(vring=1, kind="fault", error="loop"),
+    control.Fault(vring=1, error="loop"),
     control.Notice(text="hello"),
     control.WorkerReport(rx=DirectionReport(frames=3, bounced={"short_buffer": 1}), tx=DirectionReport()),
 ]

@@ -133,17 +133,16 @@ async def test_fault_is_told_and_touches_no_socket(bench: Bench) -> None:
 
     fault = await bench.expect(control.Fault)
 
-    assert fault == control.Fault(vring=1, kind="fault", error="chain loops")
+    assert fault == control.Fault(vring=1, error="chain loops")
     assert bench.engine.calls == []
 
 
-async def test_socket_that_works_no_more_is_closed_and_told(bench: Bench) -> None:
+async def test_host_error_of_a_queue_pair_is_told_and_the_engine_left_to_recover(bench: Bench) -> None:
     bench.engine.attached.add(0)
     bench.engine.emit(FakeEvent(kind="host-error", vring=1, error=HostError(100, "network is down")))
 
-    assert (await bench.expect(control.Fault)).kind == "host-error"
-    assert await bench.expect(control.SocketReleased) == control.SocketReleased(queue_pair=0)
-    assert bench.engine.calls == ["detach 0"]
+    assert await bench.expect(control.Notice) == control.Notice(text="network is down", trouble=True)
+    assert bench.engine.calls == []
 
 
 async def test_nonsense_from_the_broker_ends_the_worker(bench: Bench) -> None:
