@@ -53,11 +53,7 @@ async def run_qemu(
     hugepages = enough_hugepages(GUEST_MEMORY_MIB)
     async with scene(view, interval_s=interval_s) as stage:
         accelerator: Accelerator = "kvm" if await kvm_works() else "tcg"
-        nic = GuestNic(
-            backend=VhostUserBackend(socket_path=stage.socket_path),
-            # QEMU 7.2 crashes when a vhost-user device uses MSI-X without KVM.
-            properties={"vectors": "0"} if accelerator == "tcg" else {},
-        )
+        nic = GuestNic(backend=VhostUserBackend(socket_path=stage.socket_path))
         config = GuestConfig(
             kernel=kernel,
             nics=(nic,),
