@@ -4,6 +4,7 @@ MAKEFLAGS += --no-print-directory
 
 RUN_STEPS := python3 tools/run-steps
 PYTEST    := .venv/bin/pytest
+SCRIPTS   := tools/guest-kernel tools/run-steps
 # Unit tests need no privilege; so that they cannot come to need one, they run without any, whoever runs them.
 UNPRIVILEGED := $(if $(filter 0,$(shell id -u)),setpriv --bounding-set=-all --inh-caps=-all --no-new-privs)
 
@@ -17,9 +18,10 @@ setup: ## Install what is missing and build: Debian packages (root), .venv, exte
 
 check: setup ## Formatting, lints and types, Python and Rust
 	@$(RUN_STEPS) $@ \
-	    '.venv/bin/ruff check' \
-	    '.venv/bin/ruff format --check' \
+	    '.venv/bin/ruff check . $(SCRIPTS)' \
+	    '.venv/bin/ruff format --check . $(SCRIPTS)' \
 	    '.venv/bin/mypy' \
+	    '.venv/bin/mypy --scripts-are-modules $(SCRIPTS)' \
 	    '.venv/bin/python -m mypy.stubtest mpassthru._core' \
 	    'cargo fmt --check' \
 	    'cargo clippy --quiet --locked --workspace --all-targets -- -D warnings'
