@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from mpassthru import live_view
 from mpassthru.broker.status import AttachReport, PortStatus
-from mpassthru.cli import live_view
 from mpassthru.live_view import JsonView, LineView, Rates, TerminalView, by_reason, share
 from mpassthru.report import DirectionReport
 
