@@ -55,8 +55,29 @@ class VringConfig:
     ) -> VringConfig: ...
 
 @final
+class ZeroCopyRules:
+    """What a driver's zero-copy mode does to memory, and what it takes; see `mpassthru.rules.ZeroCopyRules`."""
+
+    def __new__(
+        cls,
+        *,
+        direct: bool,
+        rx_write_max_bytes: int,
+        rx_write_align_bytes: int,
+        rx_write_before_bytes: int,
+        tx_frame_max_bytes: int,
+        tx_frame_min_bytes: int,
+        tx_pieces_max: int,
+        contiguity: Literal["backing-page", "base-page"],
+    ) -> ZeroCopyRules: ...
+
+@final
 class SocketConfig:
-    """How a queue pair's AF_XDP socket is bound. `frame_max_bytes` bounds what may be written to a guest buffer."""
+    """How a queue pair's AF_XDP socket is bound.
+
+    `frame_max_bytes` is the room that each of the UMEM's frames has: what the kernel (copy mode) writes at most, or what
+    the NIC is told that there is (zero-copy mode, which needs `zero_copy_rules`).
+    """
 
     def __new__(
         cls,
@@ -66,6 +87,7 @@ class SocketConfig:
         queue_id: int,
         mode: Literal["copy", "zero-copy"],
         frame_max_bytes: int,
+        zero_copy_rules: ZeroCopyRules | None = None,
     ) -> SocketConfig: ...
 
 @final

@@ -8,7 +8,7 @@ use mpassthru_datapath::guest_memory::{GuestPhysAddr, RegionSpec, UserAddr};
 use mpassthru_datapath::pump::{self, PollMode};
 use mpassthru_datapath::stats::{BounceReason, Counts, DropReason};
 use mpassthru_datapath::virtqueue::QueueConfig;
-use mpassthru_datapath::xsk::{BindMode, SocketParams, UmemLayout};
+use mpassthru_datapath::xsk::{BindMode, Contiguity, DriverRules, FRAME_BYTES_MAX, SocketParams, UmemLayout};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -18,6 +18,7 @@ use crate::error::{datapath_error, fault_error, host_error_of};
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<MemoryRegion>()?;
     module.add_class::<VringConfig>()?;
+    module.add_class::<ZeroCopyRules>()?;
     module.add_class::<SocketConfig>()?;
     module.add_class::<Event>()?;
     module.add_class::<Engine>()
@@ -85,6 +86,56 @@ impl VringConfig {
     }
 }
 
+/// What a driver's zero-copy mode does to memory, and what it takes.
+#[pyclass(frozen, module = "mpassthru._core")]
+struct ZeroCopyRules(DriverRules);
+
+#[pymethods]
+impl ZeroCopyRules {
+    #[new]
+    #[pyo3(signature = (*, direct, rx_write_max_bytes, rx_write_align_bytes, rx_write_before_bytes, tx_frame_max_bytes,
+                        tx_frame_min_bytes, tx_pieces_max, contiguity))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
+    fn new(
+        direct: bool,
+        rx_write_max_bytes: u32,
+        rx_write_align_bytes: u32,
+        rx_write_before_bytes: u32,
+        tx_frame_max_bytes: u32,
+        tx_frame_min_bytes: u32,
+        tx_pieces_max: usize,
+        contiguity: &str,
+    ) -> PyResult<Self> {
+        let contiguity = match contiguity {
+            "backing-page" => Contiguity::WithinBackingPage,
+            "base-page" => Contiguity::WithinBasePage,
+            _ => {
+                return Err(PyValueError::new_err(format!(
+                    "contiguity is backing-page or base-page, not {contiguity:?}"
+                )));
+            }
+        };
+        if rx_write_align_bytes == 0 || tx_pieces_max == 0 || rx_write_max_bytes == 0 {
+            return Err(PyValueError::new_err(
+                "rx_write_max_bytes, rx_write_align_bytes and tx_pieces_max are at least 1",
+            ));
+        }
+        if tx_frame_max_bytes > FRAME_BYTES_MAX || tx_frame_min_bytes > tx_frame_max_bytes {
+            return Err(PyValueError::new_err(format!("tx frames have at most {FRAME_BYTES_MAX} bytes")));
+        }
+        Ok(Self(DriverRules {
+            direct,
+            rx_write_max: rx_write_max_bytes,
+            rx_write_align: rx_write_align_bytes,
+            rx_write_before: rx_write_before_bytes,
+            tx_frame_max: tx_frame_max_bytes,
+            tx_frame_min: tx_frame_min_bytes,
+            tx_pieces_max,
+            contiguity,
+        }))
+    }
+}
+
 /// How a queue pair's AF_XDP socket is bound.
 #[pyclass(frozen, module = "mpassthru._core")]
 struct SocketConfig {
@@ -95,17 +146,26 @@ struct SocketConfig {
 #[pymethods]
 impl SocketConfig {
     #[new]
-    #[pyo3(signature = (*, socket_fd, ifindex, queue_id, mode, frame_max_bytes))]
-    fn new(socket_fd: RawFd, ifindex: u32, queue_id: u32, mode: &str, frame_max_bytes: u32) -> PyResult<Self> {
+    #[pyo3(signature = (*, socket_fd, ifindex, queue_id, mode, frame_max_bytes, zero_copy_rules = None))]
+    fn new(
+        socket_fd: RawFd,
+        ifindex: u32,
+        queue_id: u32,
+        mode: &str,
+        frame_max_bytes: u32,
+        zero_copy_rules: Option<&ZeroCopyRules>,
+    ) -> PyResult<Self> {
         let mode = match mode {
             "copy" => BindMode::Copy,
-            "zero-copy" => BindMode::ZeroCopy,
+            "zero-copy" if zero_copy_rules.is_some() => BindMode::ZeroCopy,
+            "zero-copy" => return Err(PyValueError::new_err("zero-copy needs zero_copy_rules")),
             _ => return Err(PyValueError::new_err(format!("mode is copy or zero-copy, not {mode:?}"))),
         };
         let layout = UmemLayout::for_frames(frame_max_bytes).ok_or_else(|| {
             PyValueError::new_err(format!("frames of {frame_max_bytes} bytes do not fit a chunk of 4096 bytes"))
         })?;
-        Ok(Self { socket_fd, params: SocketParams { ifindex, queue_id, mode, layout, zero_copy_rules: None } })
+        let zero_copy_rules = zero_copy_rules.map(|rules| rules.0);
+        Ok(Self { socket_fd, params: SocketParams { ifindex, queue_id, mode, layout, zero_copy_rules } })
     }
 }
 
