@@ -21,7 +21,7 @@ check: setup ## Formatting, lints and types, Python and Rust
 	    '.venv/bin/ruff check . $(SCRIPTS)' \
 	    '.venv/bin/ruff format --check . $(SCRIPTS)' \
 	    '.venv/bin/mypy' \
-	    '.venv/bin/mypy --scripts-are-modules $(SCRIPTS)' \
+	    'MYPYPATH=tools .venv/bin/mypy --scripts-are-modules $(SCRIPTS)' \
 	    '.venv/bin/python -m mypy.stubtest mpassthru._core' \
 	    'cargo fmt --check' \
 	    'cargo clippy --quiet --locked --workspace --all-targets -- -D warnings'
