@@ -179,6 +179,7 @@ impl Pump {
 
     /// How long to sleep at most: completions and recovered interfaces do not wake us.
     fn timeout(&self) -> Option<Duration> {
+        self.xsk.as_ref()?;
         match &self.tx {
             Some(tx) if tx.wakeup_errno.is_some() => Some(REFUSED_PERIOD),
             _ if !self.flight.is_empty() => Some(COMPLETION_PERIOD),
@@ -434,3 +435,6 @@ impl Pump {
         2 * self.pair + usize::from(tx)
     }
 }
+
+#[cfg(test)]
+mod tests;

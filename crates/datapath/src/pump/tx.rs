@@ -39,6 +39,7 @@ struct Sent {
 #[derive(Debug, Clone, Copy, Default)]
 struct Piece {
     addr: UmemAddr,
+    len: u32,
     sent: u16,
 }
 
@@ -78,9 +79,11 @@ impl TxInFlight {
         UmemAddr(addr.0 & self.key_mask)
     }
 
-    /// Whether a completion of `addr` could be taken for that of another frame in flight.
-    fn is_ambiguous(&self, addr: UmemAddr) -> bool {
-        self.pieces.get(self.key(addr)).is_some_and(|other| other.addr != addr)
+    /// Whether a completion of `piece` could be taken for that of another one in flight. The very same piece is no
+    /// other: whichever head is used first, the one that is not used holds all the memory that is still to be read.
+    fn is_ambiguous(&self, piece: &Segment) -> bool {
+        let other = self.pieces.get(self.key(piece.addr));
+        other.is_some_and(|other| (other.addr, other.len) != (piece.addr, piece.len))
     }
 
     /// Whether the tx ring and the completion ring have room for `pieces` more descriptors.
@@ -95,7 +98,7 @@ impl TxInFlight {
         };
         self.sent[usize::from(sent)] = Sent { owner, pieces_left: pieces.len() as u16 };
         for (index, piece) in pieces.iter().enumerate() {
-            self.pieces.insert(self.key(piece.addr), Piece { addr: piece.addr, sent });
+            self.pieces.insert(self.key(piece.addr), Piece { addr: piece.addr, len: piece.len, sent });
             xsk.tx_write(piece.addr, piece.len, index + 1 < pieces.len());
         }
     }
@@ -301,7 +304,7 @@ fn judge(vring: &Vring, pieces: &[Segment], len: u32, xsk: &XskSocket, flight: &
         Verdict::Bounce(BounceReason::TooManyPieces)
     } else if pieces.iter().any(scattered) {
         Verdict::Bounce(BounceReason::NotContiguous)
-    } else if pieces.iter().any(|piece| flight.is_ambiguous(piece.addr)) {
+    } else if pieces.iter().any(|piece| flight.is_ambiguous(piece)) {
         Verdict::Bounce(BounceReason::AddressAlias)
     } else {
         Verdict::Direct

@@ -177,6 +177,15 @@ impl TestKernel {
         self.sending.len()
     }
 
+    /// Every piece that may still be read: of packets in the tx ring and of those that are being sent.
+    pub fn pieces_to_read(&mut self) -> Vec<(u64, u32)> {
+        let count = self.tx.peek();
+        let mut pieces: Vec<_> = (0..count).map(|_| self.tx.read()).map(|desc| (desc.addr, desc.len)).collect();
+        self.tx.unread(count);
+        pieces.extend(self.sending.iter().flat_map(|packet| &packet.pieces));
+        pieces
+    }
+
     /// Completes the packet that was taken `index` packets after the oldest one. Returns its bytes as they are now:
     /// the device may read them until then.
     pub fn complete(&mut self, index: usize) -> Vec<u8> {
@@ -192,7 +201,7 @@ impl TestKernel {
     }
 
     /// Asks to be woken for the tx ring, or not to be.
-    pub fn ask_for_tx_wakeup(&mut self, on: bool) {
+    pub fn ask_for_tx_wakeup(&self, on: bool) {
         self.tx.set_needs_wakeup(on);
     }
 

@@ -55,7 +55,7 @@ fn assert_shared(guest: &vmm::GuestMemory, memory: &GuestMemory) {
     for (number, region) in guest.regions().iter().enumerate() {
         let last = region.config().size_bytes - 8;
         for offset in [0, 8, last / 2 & !7, last] {
-            let mark = (number as u64) << 32 | offset;
+            let mark = ((number as u64) << 32) | offset;
             let address = region.config().guest_phys_address.plus(offset);
             guest.write(address, &mark.to_le_bytes()).unwrap();
             let segment = memory.translate(super::GuestPhysAddr(address.0), 8, &mut 0).unwrap();

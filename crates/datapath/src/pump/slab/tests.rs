@@ -10,7 +10,7 @@ fn take_all(slab: &mut Slab) -> Vec<UmemAddr> {
 fn test_slabs_of_all_pairs_are_disjoint_and_fill_the_front_slab_behind_chunk_0() {
     let pairs = 3;
     let mut slabs: Vec<_> = (0..pairs).flat_map(|pair| [Slab::new(pair, 0), Slab::new(pair, 1)]).collect();
-    let frames: HashSet<u64> = slabs.iter_mut().flat_map(|slab| take_all(slab)).map(|frame| frame.0).collect();
+    let frames: HashSet<u64> = slabs.iter_mut().flat_map(take_all).map(|frame| frame.0).collect();
     let expected: HashSet<u64> = (1..slab_bytes(pairs) / CHUNK_BYTES).map(|chunk| chunk * CHUNK_BYTES).collect();
     assert_eq!(frames, expected);
     for (number, slab) in slabs.iter().enumerate() {

@@ -58,7 +58,8 @@ pub struct Bench {
     pub xsk: XskSocket,
     pub kernel: TestKernel,
     pub counts: Counts,
-    slots: HashMap<u16, u64>,
+    /// Slot and pieces of what is posted, by head.
+    posted: HashMap<u16, (u64, Vec<Segment>)>,
     free_slots: Vec<u64>,
     next_frame: u64,
     /// Frames that were posted and have not been seen on the wire, by content.
@@ -91,7 +92,7 @@ impl Bench {
             xsk,
             kernel,
             counts: Counts::default(),
-            slots: HashMap::new(),
+            posted: HashMap::new(),
             free_slots: (0..u64::from(QUEUE_SIZE)).map(|slot| SLOTS_AT + slot * SLOT_BYTES).collect(),
             next_frame: 0,
             unsent: HashMap::new(),
@@ -125,7 +126,7 @@ impl Bench {
         let frame = self.read(&pieces).split_off(12);
         *self.unsent.entry(frame).or_default() += 1;
         self.free_slots.pop();
-        self.slots.insert(head, slot);
+        self.posted.insert(head, (slot, pieces));
         self.next_frame += 1;
         true
     }
@@ -166,14 +167,28 @@ impl Bench {
         while let Some(used) = self.driver.pop_used() {
             let used = used.unwrap();
             assert_eq!(used.len, 0, "the device writes nothing on tx");
-            let slot = self.slots.remove(&used.head).unwrap();
+            let (slot, _) = self.posted.remove(&used.head).unwrap();
             self.guest.vmm.write(GuestPhysAddr(slot), &[0xee; SLOT_BYTES as usize]).unwrap();
             self.free_slots.push(slot);
             self.driver.release(used.head);
             self.used += 1;
         }
-        let done = self.sent.0 + self.dropped_frames() + self.bounced_frames();
-        assert!(self.used <= done, "a head is used when its frame has left, not before");
+        self.assert_memory_is_held();
+    }
+
+    /// Asserts that every byte the kernel may still read belongs to a head that is not used: its own frame's, or that
+    /// of a frame with the very same piece.
+    fn assert_memory_is_held(&mut self) {
+        let slab_bytes = self.guest.memory.slab_bytes();
+        let offset = self.guest.umem(0).0;
+        for (addr, len) in self.kernel.pieces_to_read().into_iter().filter(|&(addr, _)| addr >= slab_bytes) {
+            let start = addr - offset;
+            let holds = |piece: &Segment| {
+                piece.address.0 <= start && start + u64::from(len) <= piece.address.0 + u64::from(piece.len)
+            };
+            let held = self.posted.values().flat_map(|(_, pieces)| pieces).any(holds);
+            assert!(held, "{len} bytes at {start:#x} are still to be sent, and no head holds them");
+        }
     }
 
     /// Kernel and device work until there is nothing left to do.
@@ -200,8 +215,7 @@ impl Bench {
         self.tx.vring.flush();
         self.flight.start(self.mode);
         // What was in the kernel's hands may have left or not: here it has.
-        let in_kernel = self.counts.frames - self.sent.0;
-        self.sent.0 += in_kernel;
+        self.sent.0 = self.counts.frames;
         self.take();
         let settled = self.driver.settle(self.tx.vring.queue.next_avail()).unwrap();
         assert_eq!((settled.never_returned, settled.returned_twice), (0, 0));

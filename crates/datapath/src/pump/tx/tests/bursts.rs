@@ -105,7 +105,7 @@ fn check(bench: &Bench, lost: u64) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(cases(300))]
+    #![proptest_config(cases(200))]
 
     #[test]
     fn test_in_copy_mode_every_frame_leaves_whole_and_every_head_comes_back_once(

@@ -42,6 +42,21 @@ fn test_addresses_that_one_completion_could_stand_for_are_not_in_flight_together
 }
 
 #[test]
+fn test_buffers_that_begin_alike_are_in_flight_together_only_if_they_end_alike() {
+    for mode in [BindMode::Copy, BindMode::ZeroCopy] {
+        let mut bench = Bench::new(mode);
+        bench.post_all(&[shared(6, 60), shared(6, 600), shared(6, 60)]);
+        bench.burst();
+        assert_eq!((bench.counts.direct, bench.bounced(BounceReason::AddressAlias)), (2, 1));
+        bench.kernel.send(3);
+        bench.complete(0);
+        bench.burst();
+        bench.take();
+        assert_eq!(bench.used, 2, "the copied one and one of two that are the same");
+    }
+}
+
+#[test]
 fn test_the_same_buffer_may_be_in_flight_many_times() {
     let mut bench = Bench::new(BindMode::Copy);
     bench.post_all(&vec![shared(5, 60); 50]);

@@ -2,7 +2,7 @@ use super::bench::{Bench, Chain, Piece};
 use crate::xsk::BindMode;
 
 fn bench(wakeups: bool) -> Bench {
-    let mut bench = Bench::new(BindMode::Copy);
+    let bench = Bench::new(BindMode::Copy);
     bench.kernel.ask_for_tx_wakeup(wakeups);
     bench
 }

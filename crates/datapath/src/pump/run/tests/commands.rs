@@ -1,0 +1,137 @@
+use super::{Bench, Command, Error, PollMode, refused};
+use crate::fd::EventFd;
+use crate::fixture::was_signalled;
+use crate::xsk::FRAME_BYTES_MAX;
+
+#[test]
+fn test_a_started_rx_queue_has_its_buffers_posted() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    let mut kernel = bench.attach();
+    bench.post(false, 3, 1600);
+    bench.start(false);
+    for len in [60, 1514] {
+        kernel.receive(&vec![1; len], 0);
+    }
+    assert!(bench.pump.work() > 0);
+    assert_eq!((bench.take(false), bench.pump.rx_counts.direct), (2, 2));
+}
+
+#[test]
+fn test_a_queue_whose_buffers_the_kernel_has_stops_only_without_its_socket() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    let _kernel = bench.attach();
+    // One buffer is direct, the others wait for slab frames.
+    bench.post(false, 1, 1600);
+    bench.post(false, 4, 1000);
+    bench.start(false);
+    match bench.pump.execute(Command::Stop { tx: false }) {
+        Err(Error::Host(error)) => assert_eq!((error.errno, error.advice), (libc::EBUSY, "detach its socket first")),
+        other => panic!("stopped with buffers in the kernel's hands: {other:?}"),
+    }
+    bench.pump.execute(Command::Detach).unwrap();
+    assert_eq!(bench.stop(false), 0, "all five are in the avail ring again");
+    assert_eq!(bench.drivers[0].outstanding(), 5);
+    assert!(bench.pump.view.socket.lock().unwrap().is_none());
+}
+
+#[test]
+fn test_frames_in_the_kernels_hands_come_back_when_their_queue_stops_after_its_socket() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    let mut kernel = bench.attach();
+    bench.start(true);
+    bench.post(true, 6, 72);
+    bench.pump.work();
+    kernel.send(3);
+    kernel.complete(1);
+    assert!(matches!(bench.pump.execute(Command::Stop { tx: true }), Err(Error::Host(_))), "five are not sent");
+    assert_eq!(bench.take(true), 1);
+    bench.pump.execute(Command::Detach).unwrap();
+    assert_eq!(bench.take(true), 0, "a NIC may still read them");
+    assert_eq!(bench.stop(true), 6);
+    assert_eq!(bench.drivers[1].outstanding(), 0);
+    assert_eq!((bench.pump.tx_counts.frames, bench.pump.tx_counts.direct), (6, 6));
+}
+
+#[test]
+fn test_a_queue_stops_at_once_when_nothing_of_it_is_on_its_way() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    let mut kernel = bench.attach();
+    bench.start(true);
+    bench.post(true, 2, 72);
+    bench.pump.work();
+    while kernel.send(1) > 0 {
+        kernel.complete(0);
+    }
+    assert_eq!(bench.stop(true), 2);
+    assert!(bench.pump.xsk.is_some(), "the socket stays");
+}
+
+#[test]
+fn test_without_a_socket_queues_start_and_stop_where_they_are() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    bench.post(true, 4, 72);
+    bench.start(true);
+    assert_eq!(bench.pump.work(), 0);
+    assert_eq!(bench.stop(true), 0);
+    assert_eq!(bench.drivers[1].outstanding(), 4);
+}
+
+#[test]
+fn test_commands_in_the_wrong_state_are_refused_in_words() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    for tx in [false, true] {
+        let index = usize::from(tx);
+        let not_running = format!("vring {index} does not run");
+        assert_eq!(refused(bench.pump.execute(Command::Stop { tx })), not_running);
+        assert_eq!(refused(bench.pump.execute(Command::Enable { tx, enabled: true })), not_running);
+        bench.start(tx);
+        let (memory, config) = (bench.guest.memory.clone(), Box::new(bench.vring(tx)));
+        let again = bench.pump.execute(Command::Start { tx, memory, config });
+        assert_eq!(refused(again), format!("vring {index} runs already; stop it first"));
+    }
+    assert!(bench.pump.execute(Command::Detach).is_ok(), "what is not there can be taken away");
+}
+
+#[test]
+fn test_a_new_call_eventfd_is_signalled_for_a_call_that_may_have_gone_to_the_old_one() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    bench.start(true);
+    let call = EventFd::new().unwrap();
+    let fd = Some(EventFd::duplicate(call.raw()).unwrap());
+    bench.pump.execute(Command::SetCall { tx: true, fd }).unwrap();
+    assert!(was_signalled(&call));
+}
+
+#[test]
+fn test_frames_of_ours_leave_through_the_slab_with_or_without_a_queue() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    let inject = |len| Command::Inject { frame: vec![7; len] };
+    assert!(refused(bench.pump.execute(inject(60))).contains("no socket"));
+    let mut kernel = bench.attach();
+    for len in [13, FRAME_BYTES_MAX as usize + 1] {
+        assert!(refused(bench.pump.execute(inject(len))).contains("no frame"));
+    }
+    for running in [false, true] {
+        if running {
+            bench.start(true);
+        }
+        for len in [14, FRAME_BYTES_MAX as usize] {
+            bench.pump.execute(inject(len)).unwrap();
+            kernel.send(1);
+            assert_eq!(kernel.complete(0), vec![7; len]);
+            bench.pump.work();
+            assert!(bench.pump.flight.is_empty());
+        }
+    }
+    assert_eq!(bench.pump.tx_counts, crate::stats::Counts::default(), "they are not the guest's");
+}
+
+#[test]
+fn test_a_full_tx_ring_takes_no_frame_of_ours() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    let _kernel = bench.attach();
+    let mut inject = || bench.pump.execute(Command::Inject { frame: vec![7; 60] });
+    let sent = (0..).take_while(|_| inject().is_ok()).count();
+    assert_eq!(sent, 512, "as many as there are slab frames");
+    assert!(refused(inject()).contains("try again"));
+}

@@ -1,0 +1,134 @@
+//! The whole loop on its thread: what the guest sends comes back to it, and nobody sleeps on work.
+
+use std::time::{Duration, Instant};
+
+use super::{BUFFERS_AT, Bench, Command, Event, GuestPhysAddr, PollMode, QUEUE_SIZE, Segment, SplitDriver};
+use crate::fd::EventFd;
+use crate::fixture::Guest;
+use crate::pump::wait::sleep;
+use crate::xsk::test_kernel::TestKernel;
+
+const FRAMES: u64 = 1500;
+const IN_FLIGHT_MAX: u64 = QUEUE_SIZE as u64 / 2;
+const FRAME_BYTES: u32 = 60;
+const HEADER_BYTES: u32 = 12;
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The guest and the kernel, on this thread; the kernel loops every frame back.
+struct Loop {
+    guest: Guest,
+    kernel: TestKernel,
+    drivers: [SplitDriver; 2],
+    sent: u64,
+    returned: u64,
+}
+
+/// Where buffer `number` begins.
+fn buffer(number: u64) -> GuestPhysAddr {
+    GuestPhysAddr(BUFFERS_AT + number * super::BUFFER_BYTES)
+}
+
+impl Loop {
+    /// Sends numbered frames, as many as may be on their way, and kicks for them if the device wants it.
+    fn post(&mut self, kicks: &[EventFd; 2]) {
+        let [_, tx] = &mut self.drivers;
+        while self.sent < FRAMES && self.sent - self.returned < IN_FLIGHT_MAX && tx.free_descriptors() > 0 {
+            let at = buffer(IN_FLIGHT_MAX + self.sent % u64::from(QUEUE_SIZE));
+            self.guest.vmm.write(at.plus(u64::from(HEADER_BYTES)), &self.sent.to_le_bytes()).unwrap();
+            tx.add(&[Segment::readable(at, HEADER_BYTES + FRAME_BYTES)]).unwrap();
+            self.sent += 1;
+        }
+        for (driver, kick) in self.drivers.iter_mut().zip(kicks) {
+            if driver.publish() {
+                kick.signal();
+            }
+        }
+    }
+
+    /// The kernel sends what is in the tx ring, and receives it again.
+    fn turn_kernel(&mut self) {
+        self.kernel.send(32);
+        while self.kernel.sending() > 0 {
+            let frame = self.kernel.complete(0);
+            self.kernel.receive(&frame, 0);
+        }
+        self.kernel.update_readiness();
+    }
+
+    /// Takes what is used on both queues; frames return in order.
+    fn take(&mut self) {
+        let [rx, tx] = &mut self.drivers;
+        while let Some(used) = tx.pop_used() {
+            tx.release(used.unwrap().head);
+        }
+        while let Some(used) = rx.pop_used() {
+            let used = used.unwrap();
+            assert_eq!(used.len, HEADER_BYTES + FRAME_BYTES);
+            let at = GuestPhysAddr(rx.ring().descriptor(used.head).address);
+            let mut number = [0; 8];
+            self.guest.vmm.read(at.plus(u64::from(HEADER_BYTES)), &mut number).unwrap();
+            assert_eq!(u64::from_le_bytes(number), self.returned, "in order");
+            rx.repost(used.head);
+            self.returned += 1;
+        }
+    }
+
+    /// Sleeps unless something was used already. The tx ring announces nothing to the kernel here, so not for long.
+    fn wait(&mut self, calls: &[EventFd; 2]) {
+        if self.drivers.iter_mut().all(|driver| driver.enable_notifications(1)) {
+            let woken = sleep(calls.each_ref().map(EventFd::raw), Some(Duration::from_micros(200)));
+            calls.iter().zip(woken).filter(|(_, woken)| *woken).for_each(|(call, _)| call.clear());
+        }
+    }
+}
+
+/// Sends [`FRAMES`] frames through a pump on its thread.
+fn loop_back(poll: PollMode) {
+    let mut bench = Bench::new(poll);
+    let kernel = bench.attach();
+    kernel.ask_for_tx_wakeup(true);
+    let configs = [false, true].map(|tx| bench.vring(tx));
+    let copies = |of: fn(&super::VringConfig) -> &EventFd| {
+        configs.each_ref().map(|config| EventFd::duplicate(of(config).raw()).unwrap())
+    };
+    let (kicks, calls) = (copies(|config| &config.kick), copies(|config| config.call.as_ref().unwrap()));
+    for (config, tx) in configs.into_iter().zip([false, true]) {
+        let memory = bench.guest.memory.clone();
+        bench.commands.push(0, Command::Start { tx, memory, config: Box::new(config) });
+    }
+    let Bench { guest, pump, commands, events, mut drivers } = bench;
+    for number in 0..IN_FLIGHT_MAX {
+        drivers[0].add(&[Segment::writable(buffer(number), 1600)]).unwrap();
+    }
+    let thread = std::thread::spawn(move || pump.run());
+
+    let mut ends = Loop { guest, kernel, drivers, sent: 0, returned: 0 };
+    let deadline = Instant::now() + DEADLINE;
+    while ends.returned < FRAMES {
+        assert!(Instant::now() < deadline, "{} of {} came back: somebody sleeps on work", ends.returned, ends.sent);
+        ends.post(&kicks);
+        ends.turn_kernel();
+        ends.take();
+        ends.wait(&calls);
+    }
+    commands.push(0, Command::Quit);
+    thread.join().unwrap();
+    let completed = |event: &Event| matches!(event, Event::Completed(done) if done.result.is_ok());
+    let events = events.drain();
+    assert!(events.len() == 3 && events.iter().all(completed), "both starts and the end: {events:?}");
+}
+
+#[test]
+fn test_a_sleeping_pump_is_woken_for_all_work() {
+    loop_back(PollMode::Interrupt);
+}
+
+#[test]
+fn test_an_adaptive_pump_is_woken_for_all_work() {
+    loop_back(PollMode::Adaptive);
+}
+
+#[test]
+fn test_a_busy_pump_needs_no_kick() {
+    loop_back(PollMode::Busy);
+}
