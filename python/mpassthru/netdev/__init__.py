@@ -16,6 +16,7 @@ from mpassthru.netdev.facts import (
 )
 from mpassthru.netdev.reader import kernel_version, no_such_interface, read_interface
 from mpassthru.netdev.umem_cost import UMEM_MAX_BYTES, UmemCost, format_bytes, umem_cost
+from mpassthru.netdev.zero_copy import Refusal, zero_copy_rules
 
 __all__ = [
     "FRAME_MAX_BYTES",
@@ -27,6 +28,7 @@ __all__ = [
     "Interface",
     "Offloads",
     "QueueCounts",
+    "Refusal",
     "UmemCost",
     "VethPeer",
     "XdpFeatures",
@@ -42,4 +44,5 @@ __all__ = [
     "read_interface",
     "umem_cost",
     "warnings_for",
+    "zero_copy_rules",
 ]

@@ -85,7 +85,13 @@ def read_offloads(ifname: str) -> Offloads:
         NoSuchDevice: the interface is gone.
     """
     active = _active_features(ifname)
-    return Offloads(rx_vlan_strip="rx-vlan-hw-parse" in active, lro="rx-lro" in active, gro_hw="rx-gro-hw" in active)
+    return Offloads(
+        rx_vlan_strip="rx-vlan-hw-parse" in active,
+        lro="rx-lro" in active,
+        gro_hw="rx-gro-hw" in active,
+        rx_fcs="rx-fcs" in active,
+        rx_all="rx-all" in active,
+    )
 
 
 def read_unfinished_offloads(ifname: str) -> tuple[str, ...]:

@@ -47,6 +47,10 @@ class Offloads(msgspec.Struct, frozen=True, kw_only=True):
     rx_vlan_strip: bool
     lro: bool
     gro_hw: bool
+    rx_fcs: bool = False
+    """Frames come with their FCS, four bytes longer."""
+    rx_all: bool = False
+    """Bad frames come too."""
 
 
 class VethPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,3 +86,5 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
     iommu: IommuKind = "none"
     numa_node: int | None = None
     veth_peer: VethPeer | None = None
+    virtio_header_bytes: int | None = None
+    """The virtio-net header of virtio_net's own device; None for other drivers."""

@@ -1,4 +1,4 @@
-"""Where a PCI device stands in the machine: its IOMMU domain and its NUMA node, from sysfs."""
+"""Where a PCI device stands in the machine: IOMMU domain, NUMA node, DMA; and what its virtio device agreed on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from typing import Final
 from mpassthru.netdev.facts import IommuKind
 
 PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
+
+# Feature bits (VIRTIO 1.3, sections 5.1.3 and 6; those of UDP tunnels are newer) and the virtio-net header that each
+# makes for (drivers/net/virtio_net.c, virtnet_probe); the first that is set counts.
+_VIRTIO_HEADER_BYTES: Final = ((65, 24), (67, 24), (57, 20), (15, 12), (32, 12))
+_VIRTIO_LEGACY_HEADER_BYTES: Final = 10
+_MEMORY_ENCRYPTION_FLAGS: Final = frozenset({"tdx_guest", "sev_guest"})
 
 
 def iommu_kind(bus_address: str | None, *, devices: Path = PCI_DEVICES) -> IommuKind:
@@ -41,3 +47,29 @@ def numa_node(bus_address: str | None, *, devices: Path = PCI_DEVICES) -> int | 
         return None
     node = int(path.read_text())
     return node if node >= 0 else None
+
+
+def virtio_header_bytes(bus_address: str | None, *, devices: Path = PCI_DEVICES) -> int | None:
+    """Length of the virtio-net header that this machine's own virtio_net uses; None for a device that is not virtio."""
+    if bus_address is None:
+        return None
+    for path in sorted((devices / bus_address).glob("virtio*/features")):
+        bits = path.read_text().strip()  # bit 0 first
+        for bit, header_bytes in _VIRTIO_HEADER_BYTES:
+            if bits[bit : bit + 1] == "1":
+                return header_bytes
+        return _VIRTIO_LEGACY_HEADER_BYTES
+    return None
+
+
+def dma_is_bounced(*, proc: Path = Path("/proc")) -> bool:
+    """Whether the kernel copies a device's data through buffers of its own (swiotlb), as it does in encrypted machines.
+
+    What is copied back covers whole frames of the UMEM and so overwrites neighbours: nothing of a guest's memory may
+    then be given to a NIC.
+    """
+    if "swiotlb=force" in (proc / "cmdline").read_text().split():
+        return True
+    cpu = (proc / "cpuinfo").read_text()
+    flags = next((line for line in cpu.splitlines() if line.startswith("flags")), "")
+    return bool(_MEMORY_ENCRYPTION_FLAGS & set(flags.split()))
