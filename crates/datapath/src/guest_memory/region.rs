@@ -51,8 +51,17 @@ impl Extent {
     /// A region that reaches past the end of its file would end this process by SIGBUS at first touch.
     pub fn of(spec: &RegionSpec) -> Result<Self, HostError> {
         let what = || format!("cannot map guest memory region at {:#x} ({} bytes)", spec.guest_phys.0, spec.size_bytes);
-        let page_bytes = page_bytes(spec.fd)
+        let (file_system, block_bytes) = file_system(spec.fd)
             .map_err(|errno| HostError::new(errno, what(), "the front-end sent a file descriptor that is no file"))?;
+        let page_bytes = match file_system {
+            libc::TMPFS_MAGIC => PAGE_BYTES,
+            libc::HUGETLBFS_MAGIC => block_bytes,
+            // The kernel refuses to pin such pages (mm/gup.c: writable_file_mapping_allowed), after it pinned others.
+            _ => {
+                let advice = "memory on a disk file cannot be pinned: use memfd, hugetlbfs or POSIX shared memory";
+                return Err(HostError::new(libc::EFAULT, what(), advice));
+            }
+        };
         let file_bytes = file_bytes(spec.fd)
             .map_err(|errno| HostError::new(errno, what(), "the front-end sent a file descriptor that is no file"))?;
         let end = spec
@@ -79,8 +88,8 @@ impl Extent {
     }
 }
 
-fn page_bytes(fd: RawFd) -> Result<u64, i32> {
-    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+/// Type of the file system that a file is on, and its block size: that of its pages on hugetlbfs.
+fn file_system(fd: RawFd) -> Result<(libc::__fsword_t, u64), i32> {
     let mut stat = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: `stat` is valid for writes of its type; the kernel checks `fd`.
     if unsafe { libc::fstatfs(fd, stat.as_mut_ptr()) } != 0 {
@@ -88,7 +97,7 @@ fn page_bytes(fd: RawFd) -> Result<u64, i32> {
     }
     // SAFETY: fstatfs succeeded, so it filled the structure in.
     let stat = unsafe { stat.assume_init() };
-    Ok(if stat.f_type == HUGETLBFS_MAGIC { stat.f_bsize.unsigned_abs() } else { PAGE_BYTES })
+    Ok((stat.f_type, stat.f_bsize.unsigned_abs()))
 }
 
 fn file_bytes(fd: RawFd) -> Result<u64, i32> {
