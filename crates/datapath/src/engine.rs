@@ -232,3 +232,6 @@ fn attached(view: &PumpView) -> Option<SharedFd> {
 fn is_tx(index: usize) -> bool {
     index % 2 == 1
 }
+
+#[cfg(test)]
+mod tests;

@@ -54,7 +54,7 @@ fn assert_packed(memory: &GuestMemory) {
 fn assert_shared(guest: &vmm::GuestMemory, memory: &GuestMemory) {
     for (number, region) in guest.regions().iter().enumerate() {
         let last = region.config().size_bytes - 8;
-        for offset in [0, 8, last / 2 & !7, last] {
+        for offset in [0, 8, (last / 2) & !7, last] {
             let mark = ((number as u64) << 32) | offset;
             let address = region.config().guest_phys_address.plus(offset);
             guest.write(address, &mark.to_le_bytes()).unwrap();

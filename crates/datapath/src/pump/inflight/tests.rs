@@ -26,7 +26,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(cases(512))]
+    #![proptest_config(cases(200))]
 
     #[test]
     fn test_it_is_a_multimap(capacity in 0usize..20, steps in prop::collection::vec(step(), 1..120)) {

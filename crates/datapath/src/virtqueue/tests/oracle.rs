@@ -102,7 +102,7 @@ fn is_table_that_only_we_refuse(guest: &Guest, descriptor: &Descriptor) -> bool 
 }
 
 proptest! {
-    #![proptest_config(cases(1500))]
+    #![proptest_config(cases(800))]
 
     #[test]
     fn test_chains_are_walked_as_rust_vmm_walks_them(

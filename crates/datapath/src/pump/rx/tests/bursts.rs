@@ -121,7 +121,7 @@ fn check_counts(bench: &Bench, delivered: &[Delivered], lost: u64) -> Result<(),
 }
 
 proptest! {
-    #![proptest_config(cases(300))]
+    #![proptest_config(cases(200))]
 
     #[test]
     fn test_mergeable_buffers_of_any_shape_get_every_frame_whole_and_come_back_once(

@@ -28,7 +28,7 @@ fn piece(frame_max: u32) -> impl Strategy<Value = u32> {
 }
 
 proptest! {
-    #![proptest_config(cases(2000))]
+    #![proptest_config(cases(700))]
 
     #[test]
     fn test_direct_means_that_all_that_may_be_written_lies_in_one_piece_behind_the_header(
