@@ -161,6 +161,10 @@ class QemuGuest:
         command, command_theirs = socket.socketpair()
         qmp, qmp_theirs = socket.socketpair()
         with memory_file("initramfs", root) as initramfs, command_theirs, qmp_theirs:
+            self._reader, self._writer = await asyncio.open_connection(sock=command)
+            self._resources.callback(self._writer.close)
+            self.qmp = await QmpClient.connect(qmp)
+            self._resources.callback(self.qmp.close)
             arguments = qemu_arguments(config, accelerator=self.accelerator, initramfs=f"/proc/self/fd/{initramfs}")
             arguments += ["-chardev", f"socket,id=qmp,fd={qmp_theirs.fileno()}", "-mon", "chardev=qmp,mode=control"]
             arguments += ["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=command,nr=1"]
@@ -170,13 +174,10 @@ class QemuGuest:
             self._process = await self._resources.enter_async_context(child)
         console = asyncio.create_task(self._keep_console())
         self._resources.callback(console.cancel)
-        self._reader, self._writer = await asyncio.open_connection(sock=command)
-        self._resources.callback(self._writer.close)
         try:
-            self.qmp = await QmpClient.open(qmp)
+            await self.qmp.negotiate()
         except ChildError as error:
             raise await self._lost("(start)") from error
-        self._resources.callback(self.qmp.close)
         await self.run("true", timeout_s=self._boot_timeout_s)
 
     async def _keep_console(self) -> None:

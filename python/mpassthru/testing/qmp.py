@@ -27,21 +27,16 @@ class QmpClient:
         self._lock = asyncio.Lock()
 
     @classmethod
-    async def open(cls, connected: socket.socket) -> QmpClient:
-        """Negotiate a session on a connected socket.
+    async def connect(cls, connected: socket.socket) -> QmpClient:
+        """Take over a connected socket; QEMU need not be at its other end yet."""
+        return cls(*await asyncio.open_connection(sock=connected, limit=_LINE_MAX_BYTES))
+
+    async def negotiate(self) -> None:
+        """Wait for QEMU's greeting and enter command mode.
 
         Raises:
             ChildError: QEMU ended, or what answers is not QEMU.
         """
-        client = cls(*await asyncio.open_connection(sock=connected, limit=_LINE_MAX_BYTES))
-        try:
-            await client._negotiate()
-        except BaseException:
-            client.close()
-            raise
-        return client
-
-    async def _negotiate(self) -> None:
         greeting = await self._receive()
         if "QMP" not in greeting:
             raise ChildError(f"expected a QMP greeting, got {greeting}")

@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
 import pytest
@@ -31,8 +31,9 @@ async def session(*answers: list[dict[str, Any]]) -> AsyncIterator[tuple[QmpClie
         writer.close()
 
     qemu = asyncio.create_task(play())
-    client = await QmpClient.open(ours)
+    client = await QmpClient.connect(ours)
     try:
+        await client.negotiate()
         yield client, commands
     finally:
         client.close()
@@ -72,7 +73,8 @@ async def test_end_of_qemu_is_an_error() -> None:
 
 async def test_something_else_than_qemu_is_refused() -> None:
     ours, theirs = socket.socketpair()
-    with theirs:
+    client = await QmpClient.connect(ours)
+    with theirs, closing(client):
         theirs.sendall(b"{}\n")
         with pytest.raises(ChildError, match="greeting"):
-            await QmpClient.open(ours)
+            await client.negotiate()
