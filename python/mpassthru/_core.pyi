@@ -75,8 +75,8 @@ class ZeroCopyRules:
 class SocketConfig:
     """How a queue pair's AF_XDP socket is bound.
 
-    `frame_max_bytes` is the room that each of the UMEM's frames has: what the kernel (copy mode) writes at most, or what
-    the NIC is told that there is (zero-copy mode, which needs `zero_copy_rules`).
+    `frame_max_bytes` is the room that each of the UMEM's frames has: what the kernel (copy mode) writes at most, or
+    what the NIC is told that there is (zero-copy mode, which needs `zero_copy_rules`).
     """
 
     def __new__(

@@ -20,6 +20,7 @@ import msgspec
 
 from mpassthru.errors import MpassthruError
 from mpassthru.report import DirectionReport
+from mpassthru.rules import ZeroCopyRules
 
 MESSAGE_MAX_BYTES = 65536
 MESSAGE_MAX_FDS = 4
@@ -54,6 +55,8 @@ class Configure(_Message, frozen=True):
     """What a NIC or the kernel may write into a guest buffer, without the virtio-net header."""
     socket_mode: SocketMode
     poll: PollMode
+    zero_copy_rules: ZeroCopyRules | None = None
+    """Set if `socket_mode` is `zero-copy`."""
     uid: int | None = None
     gid: int | None = None
     keep_ipc_lock: bool = False
@@ -76,8 +79,14 @@ class SocketSteered(_Message, frozen=True):
     queue_pair: int
 
 
+class SocketFreed(_Message, frozen=True):
+    """Answers `SocketReleased`, if that was asked for: the kernel has let go of the socket's buffers."""
+
+    queue_pair: int
+
+
 class SocketRefused(_Message, frozen=True):
-    """Answers `SocketWanted` or `SocketBound`: `error` says why not, `errno` is 0 if no system call failed."""
+    """Answers any of the above's questions: `error` says why not, `errno` is 0 if no system call failed."""
 
     queue_pair: int
     errno: int
@@ -92,7 +101,9 @@ class Stop(_Message, frozen=True):
     """Asks the worker to give everything back, send a last `WorkerReport` and end."""
 
 
-BrokerMessage = Configure | FrontendConnected | SocketGranted | SocketSteered | SocketRefused | ReportWanted | Stop
+BrokerMessage = (
+    Configure | FrontendConnected | SocketGranted | SocketSteered | SocketFreed | SocketRefused | ReportWanted | Stop
+)
 
 
 # ---- worker to broker ----------------------------------------------------------------------------------------
@@ -119,6 +130,8 @@ class SocketReleased(_Message, frozen=True):
     """The socket of a queue pair is closed; its queue drops frames until the next one."""
 
     queue_pair: int
+    await_free: bool = False
+    """Answer when no NIC can write to the socket's buffers any more (zero-copy mode; copy mode ends with the close)."""
 
 
 class SessionChanged(_Message, frozen=True):

@@ -16,7 +16,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -28,6 +28,7 @@ from mpassthru.broker.xsk import create_socket
 from mpassthru.control import ControlError, close_fds
 from mpassthru.errors import HostError, MpassthruError
 from mpassthru.log import LineLimiter
+from mpassthru.netdev.af_xdp import wait_queue_free
 from mpassthru.report import DirectionReport
 
 if TYPE_CHECKING:
@@ -38,9 +39,18 @@ RESTART_PAUSE_MAX_S = 5.0
 RESTART_FORGET_S = 10.0
 """A worker that lived this long starts the pauses afresh."""
 REPORT_TIMEOUT_S = 2.0
+FREE_TIMEOUT_S = 15.0
+"""How long a queue may be held after its socket was closed; a NIC whose link has to come back takes seconds."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 Say = Callable[[str], None]
+
+
+class WaitQueueFree(Protocol):
+    """`mpassthru.netdev.af_xdp.wait_queue_free`."""
+
+    async def __call__(self, ifname: str, ifindex: int, queue_id: int, *, timeout_s: float) -> None:
+        """Return when no NIC can write to the last socket's buffers; HostError if that does not come to pass."""
 
 
 class Port:
@@ -55,6 +65,7 @@ class Port:
         say: Called with one line for each thing the user should know.
         start_worker: Makes a worker process; tests pass their own.
         new_socket: Makes an AF_XDP socket; tests pass their own.
+        wait_free: Waits until the kernel has let go of a queue; tests pass their own.
     """
 
     def __init__(
@@ -68,6 +79,7 @@ class Port:
         stopping: asyncio.Event | None = None,
         start_worker: Callable[[], WorkerProcess] = WorkerProcess,
         new_socket: Callable[[], socket.socket] = create_socket,
+        wait_free: WaitQueueFree = wait_queue_free,
     ) -> None:
         self.status = PortStatus()
         self._failed = False
@@ -78,6 +90,8 @@ class Port:
         self._say = LineLimiter(say)
         self._start_worker = start_worker
         self._new_socket = new_socket
+        self._wait_free = wait_free
+        self._freeing: dict[int, asyncio.Task[None]] = {}
         self._stopping = stopping or asyncio.Event()
         self._idle = asyncio.Event()
         self._reported = asyncio.Event()
@@ -154,9 +168,11 @@ class Port:
             raise
         finally:
             self._worker = None
-            for task in (reading, feeding, stopping):
+            helpers = (reading, feeding, stopping, *self._freeing.values())
+            for task in helpers:
                 task.cancel()
-            await asyncio.gather(reading, feeding, stopping, return_exceptions=True)
+            await asyncio.gather(*helpers, return_exceptions=True)
+            self._freeing.clear()
             self._idle.clear()
             self._drop_sockets()
             self.status.worker_ended()
@@ -215,8 +231,12 @@ class Port:
                 self._grant_socket(worker, queue_pair)
             case control.SocketBound(queue_pair=queue_pair, mode=mode):
                 self._steer_socket(worker, queue_pair, mode)
-            case control.SocketReleased(queue_pair=queue_pair):
+            case control.SocketReleased(queue_pair=queue_pair, await_free=await_free):
                 self._release_socket(queue_pair)
+                if await_free:
+                    if (earlier := self._freeing.pop(queue_pair, None)) is not None:
+                        earlier.cancel()
+                    self._freeing[queue_pair] = asyncio.create_task(self._tell_when_free(worker, queue_pair))
             case control.SessionChanged(state=state, error=error):
                 self._session_changed(state, error)
             case control.Fault(vring=vring, error=error):
@@ -257,6 +277,17 @@ class Port:
         self._steering.clear_socket(self._queue_id(queue_pair))
         self._forget_socket(queue_pair)
         self.status.modes.pop(queue_pair, None)
+
+    async def _tell_when_free(self, worker: WorkerProcess, queue_pair: int) -> None:
+        """Tell the worker that no NIC can write to the buffers of its last socket any more."""
+        configuration, queue_id = self._configuration, self._queue_id(queue_pair)
+        answer: control.SocketFreed | control.SocketRefused = control.SocketFreed(queue_pair=queue_pair)
+        try:
+            await self._wait_free(configuration.interface, configuration.ifindex, queue_id, timeout_s=FREE_TIMEOUT_S)
+        except HostError as error:
+            answer = control.SocketRefused(queue_pair=queue_pair, errno=error.errno or 0, error=str(error))
+        with contextlib.suppress(ControlError):  # a worker that has died needs no answer
+            worker.channel.send(answer)
 
     def _session_changed(self, state: control.GuestState, error: str | None) -> None:
         if state != self.status.guest:

@@ -14,7 +14,8 @@ from mpassthru.netdev.facts import (
     XdpFeatures,
     XdpProgram,
 )
-from mpassthru.netdev.reader import kernel_version, no_such_interface, read_interface
+from mpassthru.netdev.netdev_family import kernel_version
+from mpassthru.netdev.reader import no_such_interface, read_interface
 from mpassthru.netdev.umem_cost import UMEM_MAX_BYTES, UmemCost, format_bytes, umem_cost
 from mpassthru.netdev.zero_copy import Refusal, zero_copy_rules
 

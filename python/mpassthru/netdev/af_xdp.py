@@ -15,6 +15,8 @@ import struct
 import time
 from typing import Final, Literal
 
+from pyroute2.netlink.exceptions import NetlinkError
+
 from mpassthru.errors import HostError
 from mpassthru.netdev import netdev_family
 
@@ -148,6 +150,39 @@ async def probe_bind(ifname: str, queue_id: int, mode: Mode, *, timeout_s: float
                 raise bind_error(ifname, queue_id, error.errno or 0) from error
         await asyncio.sleep(_PROBE_PERIOD_S)
     await _wait_released(ifname, ifindex, queue_id, timeout_s)
+
+
+async def wait_queue_free(ifname: str, ifindex: int, queue_id: int, *, timeout_s: float) -> None:
+    """Wait until the kernel has let go of a queue whose socket was closed.
+
+    The kernel takes a socket down after its close, and a zero-copy NIC goes on writing meanwhile (28-43 ms measured).
+    It first has the driver give up the socket's memory, and only then forgets the socket (net/xdp/xsk_buff_pool.c,
+    xp_clear_dev): so a queue without socket is the proof. Where the kernel does not name queues with sockets, that
+    another socket can be bound is. A device that is gone or down writes nothing.
+
+    Args:
+        ifname: Interface of the current network namespace.
+        ifindex: Its index, which counts if the name has gone to another meanwhile.
+        queue_id: 0-based.
+        timeout_s: Seconds to wait.
+
+    Raises:
+        HostError: EBUSY if the queue does not come free in time.
+    """
+    try:
+        if netdev_family.kernel_names_xsk_queues():
+            await _wait_released(ifname, ifindex, queue_id, timeout_s)
+        else:
+            await probe_bind(ifname, queue_id, "copy", timeout_s=timeout_s)
+    except (HostError, NetlinkError) as error:
+        number = error.errno if isinstance(error, HostError) else error.code
+        if number in (errno.ENODEV, errno.ENETDOWN):
+            return
+        raise HostError(
+            number or 0,
+            f"the kernel still holds {ifname} queue {queue_id} {timeout_s:g} s after its socket was closed "
+            f"({_errno_name(number or 0)}): guest memory stays mapped, as the NIC may write to it; see dmesg",
+        ) from error
 
 
 def bind_error(ifname: str, queue_id: int, number: int) -> HostError:

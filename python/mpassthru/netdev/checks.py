@@ -36,13 +36,18 @@ def check_queue(interface: Interface, queue_id: int) -> None:
     Raises:
         RefusedError: the message says which queues there are.
     """
-    if 0 <= queue_id < interface.queues.rx:
-        return
-    more = "" if interface.queues.rx >= interface.queues.rx_max else f", of {interface.queues.rx_max} possible"
-    raise RefusedError(
-        f"cannot use queue {queue_id} of {interface.name}: it has {interface.queues.rx} receive queue(s){more}, "
-        f"numbered from 0; see 'ethtool -L {interface.name}'"
-    )
+    if not 0 <= queue_id < interface.queues.rx:
+        more = "" if interface.queues.rx >= interface.queues.rx_max else f", of {interface.queues.rx_max} possible"
+        raise RefusedError(
+            f"cannot use queue {queue_id} of {interface.name}: it has {interface.queues.rx} receive queue(s){more}, "
+            f"numbered from 0; see 'ethtool -L {interface.name}'"
+        )
+    if queue_id >= interface.queues.tx:
+        # The kernel would take the guest's frames and send none, without an error (net/xdp/xsk.c: __xsk_generic_xmit).
+        raise RefusedError(
+            f"cannot use queue {queue_id} of {interface.name}: it has only {interface.queues.tx} transmit queue(s), and "
+            f"a socket sends on the queue it receives from; see 'ethtool -L {interface.name}'"
+        )
 
 
 def warnings_for(interface: Interface) -> list[str]:

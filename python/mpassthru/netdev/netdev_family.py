@@ -7,6 +7,7 @@ answer.
 from __future__ import annotations
 
 import errno
+import os
 from typing import Any, Final
 
 from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, genlmsg
@@ -21,6 +22,17 @@ _QUEUE_TYPE_RX: Final = 0
 
 XSK_ATTRIBUTE_SINCE: Final = (6, 14)
 """The kernel that first said which queue has an AF_XDP socket; before, silence means nothing."""
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    """Major and minor number of a kernel release such as ``6.18.44-amd64``."""
+    major, minor = release.split("-", 1)[0].split(".")[:2]
+    return int(major), int(minor.rstrip("+"))
+
+
+def kernel_names_xsk_queues() -> bool:
+    """Whether the running kernel says which queue has an AF_XDP socket."""
+    return kernel_version(os.uname().release) >= XSK_ATTRIBUTE_SINCE
 
 
 class _DeviceMessage(genlmsg):  # type: ignore[misc] # pyroute2 has no types

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from typing import Any, Final
 
 from pyroute2 import AsyncIPRoute
@@ -83,7 +82,7 @@ async def _describe(ifname: str, link: Any, veth_peer: VethPeer | None) -> Inter
         offloads=ethtool.read_offloads(ifname),
         xdp_program=_xdp_program(link),
         xdp_features=await netdev_family.xdp_features(ifindex),
-        xsk_queues=await netdev_family.xsk_queues(ifindex) if _kernel_names_xsk_queues() else None,
+        xsk_queues=await netdev_family.xsk_queues(ifindex) if netdev_family.kernel_names_xsk_queues() else None,
         iommu=pci.iommu_kind(driver.bus_address),
         numa_node=pci.numa_node(driver.bus_address),
         veth_peer=veth_peer,
@@ -102,16 +101,6 @@ def _xdp_program(link: Any) -> XdpProgram | None:
 
 
 _XDP_ID_ATTRIBUTES: Final = ("IFLA_XDP_PROG_ID", "IFLA_XDP_DRV_PROG_ID", "IFLA_XDP_SKB_PROG_ID", "IFLA_XDP_HW_PROG_ID")
-
-
-def _kernel_names_xsk_queues() -> bool:
-    return kernel_version(os.uname().release) >= netdev_family.XSK_ATTRIBUTE_SINCE
-
-
-def kernel_version(release: str) -> tuple[int, int]:
-    """Major and minor number of a kernel release such as ``6.18.44-amd64``."""
-    major, minor = release.split("-", 1)[0].split(".")[:2]
-    return int(major), int(minor.rstrip("+"))
 
 
 def _errno_of(error: Exception) -> int | None:

@@ -31,6 +31,8 @@ from mpassthru.testing.kvm import kvm_works
 MODULES: Final = ("9pnet_virtio", "9p", "overlay", "veth", "virtio_net", "igb")
 HUGEPAGES: Final = 320
 """Of 2 MiB, for guests in the machine."""
+IN_MACHINE: Final = "MPASSTHRU_ZERO_COPY_MACHINE"
+"""Environment variable that is set in the machine."""
 _ENDED: Final = "zerocopy-machine: ended with status "
 _HUB_WARNING: Final = "is not connected to host network"
 """Of QEMU, about wires that are inside the machine on purpose."""
@@ -148,10 +150,10 @@ mkdir -p /root/dev/shm && mount -t tmpfs tmp /root/dev/shm
 mount -t bpf bpf /root/sys/fs/bpf
 {share}
 # A virtio-serial port would be faster; the console also carries what a dying kernel says.
-chroot /root /usr/bin/env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \\
-    MPASSTHRU_ZERO_COPY_MACHINE=1 /bin/bash -c {inside} </root/dev/null 2>&1
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+{IN_MACHINE}=1 /bin/chroot /root /bin/bash -c {inside} </root/dev/null 2>&1
 echo "{_ENDED}$?"
-poweroff -f
+/bin/poweroff -f
 """
 
 

@@ -3,6 +3,9 @@
 A queue pair gets its AF_XDP socket when its first virtqueue starts, for only then is the guest's memory known and
 wanted; it loses it when buffers have to be taken back from the kernel (an rx virtqueue stops), or when the memory map
 changes. The engine decides about buffers; this module decides about order: memory, socket, steering, virtqueue.
+
+In zero-copy mode a NIC writes to the guest's buffers for some 40 ms after the socket was closed. So nobody is told that
+a virtqueue has stopped, and no memory is unmapped, before the broker has seen the hardware queue free.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Final
 from mpassthru import _core
 from mpassthru.control import Configure
 from mpassthru.errors import HostError, RefusedError
+from mpassthru.rules import ZeroCopyRules
 from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.device import Vring
 from mpassthru.worker.async_engine import AsyncEngine
@@ -24,6 +28,8 @@ from mpassthru.worker.privileges import CAP_IPC_LOCK, effective_capabilities
 from mpassthru.worker.socket_client import SocketClient
 
 FRAME_MIN_BYTES: Final = 60
+LINUX_BUFFER_ROOM_BYTES: Final = 1524
+"""What a Linux guest's receive buffer has for a frame by default (drivers/net/virtio_net.c, get_mergeable_buf_len)."""
 ETHERTYPE_RARP: Final = 0x8035
 DESCRIPTOR_BYTES: Final = 16
 AVAIL_HEADER_BYTES: Final = 4
@@ -78,6 +84,8 @@ class PortDevice:
         self.features = int(FEATURES)
         if self.queue_pairs_max > 1:
             self.features |= VirtioFeature.VIRTIO_NET_F_MQ
+        if wants_longer_buffers(configuration.zero_copy_rules):
+            self.features |= VirtioFeature.VIRTIO_NET_F_HASH_REPORT
         self.protocol_features = int(PROTOCOL_FEATURES)
         self._engine = engine
         self._sockets = sockets
@@ -87,6 +95,8 @@ class PortDevice:
         self._running: dict[int, Vring] = {}
         self._regions: tuple[MemoryRegion, ...] = ()
         self._attaching = [asyncio.Lock() for _ in configuration.queue_ids]
+        self._unproven: set[int] = set()
+        """Queue pairs whose last zero-copy socket is closed, and whose hardware queue was not seen free since."""
 
     async def set_features(self, features: int) -> None:
         """Nothing to do: each virtqueue brings the features it runs with."""
@@ -96,7 +106,7 @@ class PortDevice:
 
         Raises:
             RefusedError: the memlock limit or the kernel cannot take so much memory.
-            HostError: a region cannot be mapped.
+            HostError: a region cannot be mapped; EBUSY if a NIC may still write to the old one, which stays mapped.
         """
         await self._detach_sockets()
         self._regions = ()
@@ -144,7 +154,11 @@ class PortDevice:
             self._on_running()
 
     async def stop_vring(self, index: int) -> int:
-        """Stop a virtqueue; its base is returned when every buffer has come back."""
+        """Stop a virtqueue; its base is returned when every buffer has come back and no NIC can write to one.
+
+        Raises:
+            HostError: EBUSY if the kernel does not let go of the hardware queue.
+        """
         if index not in self._running:
             return 0  # its start was cancelled before the engine heard of it
         del self._running[index]
@@ -198,10 +212,17 @@ class PortDevice:
         await self._detach_sockets()
 
     async def give_up_socket(self, queue_pair: int) -> None:
-        """Close a socket; its virtqueues stay, and its buffers go back to them when they stop or get a new one."""
-        if self._engine.socket_attached(queue_pair):
-            await self._engine.detach_socket(queue_pair)
-            self._sockets.released(queue_pair)
+        """Close a socket; its virtqueues stay, and its buffers go back to them when they stop or get a new one.
+
+        Raises:
+            HostError: EBUSY if the kernel does not let go of the hardware queue.
+        """
+        async with self._attaching[queue_pair]:
+            if self._engine.socket_attached(queue_pair):
+                await self._detach_socket(queue_pair)
+                if not self._zero_copy:
+                    self._sockets.released(queue_pair)
+            await self._prove_free(queue_pair)
 
     def looks_unshared(self) -> bool:
         """Whether the rings of all running virtqueues hold nothing but zeros, as they do in memory that is not shared.
@@ -224,6 +245,20 @@ class PortDevice:
                 return os.pread(region.fd, min(size_bytes, region.size_bytes - offset), region.mmap_offset + offset)
         return b""
 
+    @property
+    def _zero_copy(self) -> bool:
+        return self._configuration.socket_mode == "zero-copy"
+
+    async def _detach_socket(self, queue_pair: int) -> None:
+        if self._zero_copy:
+            self._unproven.add(queue_pair)
+        await self._engine.detach_socket(queue_pair)
+
+    async def _prove_free(self, queue_pair: int) -> None:
+        if queue_pair in self._unproven:
+            await self._sockets.freed(queue_pair)
+            self._unproven.discard(queue_pair)
+
     async def _detach_sockets(self) -> None:
         for queue_pair in range(self.queue_pairs_max):
             await self.give_up_socket(queue_pair)
@@ -232,11 +267,13 @@ class PortDevice:
         async with self._attaching[queue_pair]:
             if self._engine.socket_attached(queue_pair):
                 return
+            # A new socket gives the buffers of the one before back to their virtqueues.
+            await self._prove_free(queue_pair)
             zero_copy = await self._bind_socket(queue_pair)
             try:
                 await self._sockets.bound(queue_pair, "zero-copy" if zero_copy else "copy")
             except BaseException:
-                await self._engine.detach_socket(queue_pair)
+                await self._detach_socket(queue_pair)
                 raise
 
     async def _bind_socket(self, queue_pair: int) -> bool:
@@ -248,13 +285,39 @@ class PortDevice:
             os.close(fd)
 
     def _socket_config(self, queue_pair: int, fd: int) -> _core.SocketConfig:
+        rules = self._configuration.zero_copy_rules
         return _core.SocketConfig(
             socket_fd=fd,
             ifindex=self._configuration.ifindex,
             queue_id=self._configuration.queue_ids[queue_pair],
             mode=self._configuration.socket_mode,
-            frame_max_bytes=self._configuration.frame_max_bytes,
+            frame_max_bytes=rules.frame_room_bytes if rules else self._configuration.frame_max_bytes,
+            zero_copy_rules=core_rules(rules) if rules else None,
         )
+
+
+def wants_longer_buffers(rules: ZeroCopyRules | None) -> bool:
+    """Whether to offer VIRTIO_NET_F_HASH_REPORT, for its side effect: longer receive buffers in Linux guests.
+
+    A Linux guest makes room for 1518 bytes and a header, in multiples of 64: 1536 bytes with the ordinary header of 12,
+    which leaves 1524 for a frame; 1600 with the header of 20 that this feature brings. No hash is ever reported
+    (VIRTIO_NET_HASH_REPORT_NONE), as the device may choose (VIRTIO 1.3 section 5.1.6.4.1).
+    """
+    return rules is not None and rules.direct and rules.rx_write_max_bytes > LINUX_BUFFER_ROOM_BYTES
+
+
+def core_rules(rules: ZeroCopyRules) -> _core.ZeroCopyRules:
+    """The rules as the engine takes them."""
+    return _core.ZeroCopyRules(
+        direct=rules.direct,
+        rx_write_max_bytes=rules.rx_write_max_bytes,
+        rx_write_align_bytes=rules.rx_write_align_bytes,
+        rx_write_before_bytes=rules.rx_write_before_bytes,
+        tx_frame_max_bytes=rules.tx_frame_max_bytes,
+        tx_frame_min_bytes=rules.tx_frame_min_bytes,
+        tx_pieces_max=rules.tx_pieces_max,
+        contiguity=rules.contiguity,
+    )
 
 
 def check_memlock(memory_bytes: int) -> None:

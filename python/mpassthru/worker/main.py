@@ -72,9 +72,10 @@ class Worker:
         """
         try:
             async with asyncio.TaskGroup() as self._tasks:
+                self._channel.send(control.Ready())
                 await self._answer()
                 if self._serving is not None:
-                    self._serving.cancel()
+                    await self._end_session(self._serving)
         except* ControlError as errors:
             raise errors.exceptions[0] from None
         finally:
@@ -82,14 +83,22 @@ class Worker:
                 self._report()
             self._engine.close()
 
+    async def _end_session(self, serving: asyncio.Task[None]) -> None:
+        """End it while the broker is still answered: in zero-copy mode it waits for the broker to see a queue free."""
+        serving.cancel()
+        answering = self._tasks.create_task(self._answer())
+        await asyncio.wait({serving})
+        answering.cancel()
+
     async def _answer(self) -> None:
-        self._channel.send(control.Ready())
         while (received := await self._channel.receive()) is not None:
             message, fds = received
             match message:
                 case control.FrontendConnected():
                     self._serving = self._tasks.create_task(self._serve(socket.socket(fileno=fds[0])))
-                case control.SocketGranted() | control.SocketSteered() | control.SocketRefused():
+                case (
+                    control.SocketGranted() | control.SocketSteered() | control.SocketFreed() | control.SocketRefused()
+                ):
                     self._sockets.answered(message, fds)
                 case control.ReportWanted():
                     self._report()

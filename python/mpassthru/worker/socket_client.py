@@ -11,6 +11,7 @@ from mpassthru.control import (
     BrokerMessage,
     ControlChannel,
     SocketBound,
+    SocketFreed,
     SocketGranted,
     SocketMode,
     SocketRefused,
@@ -23,6 +24,8 @@ from mpassthru.control import (
 from mpassthru.errors import HostError, RefusedError
 
 ANSWER_TIMEOUT_S = 5.0
+FREED_TIMEOUT_S = 20.0
+"""More than the broker takes before it gives up."""
 
 
 class SocketClient:
@@ -55,7 +58,16 @@ class SocketClient:
         """Say that the socket is closed."""
         self._channel.send(SocketReleased(queue_pair=queue_pair))
 
-    def answered(self, message: SocketGranted | SocketSteered | SocketRefused, fds: list[int]) -> None:
+    async def freed(self, queue_pair: int) -> None:
+        """Say that the socket is closed, and wait until no NIC can write to its buffers any more. May be repeated.
+
+        Raises:
+            HostError: the kernel still holds the queue, or the broker does not answer.
+        """
+        message = SocketReleased(queue_pair=queue_pair, await_free=True)
+        await self._ask(queue_pair, lambda: self._channel.send(message), timeout_s=FREED_TIMEOUT_S)
+
+    def answered(self, message: SocketGranted | SocketSteered | SocketFreed | SocketRefused, fds: list[int]) -> None:
         """Take the broker's answer; fds that nobody waits for are closed."""
         answer = self._answers.get(message.queue_pair)
         if answer is None or answer.done():
@@ -64,23 +76,23 @@ class SocketClient:
         match message:
             case SocketGranted():
                 answer.set_result(fds[0])
-            case SocketSteered():
+            case SocketSteered() | SocketFreed():
                 answer.set_result(-1)
             case SocketRefused(errno=0, error=error):
                 answer.set_exception(RefusedError(error))
             case SocketRefused(errno=number, error=error):
                 answer.set_exception(HostError(number, error))
 
-    async def _ask(self, queue_pair: int, send: Callable[[], None]) -> int:
+    async def _ask(self, queue_pair: int, send: Callable[[], None], *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._answers[queue_pair] = answer
         try:
             send()
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError as error:
             raise HostError(
-                errno.ETIMEDOUT, f"the broker does not answer for queue pair {queue_pair} within {ANSWER_TIMEOUT_S:g} s"
+                errno.ETIMEDOUT, f"the broker does not answer for queue pair {queue_pair} within {timeout_s:g} s"
             ) from error
         except asyncio.CancelledError:
             if answer.done() and not answer.cancelled() and answer.exception() is None and answer.result() >= 0:
