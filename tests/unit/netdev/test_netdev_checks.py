@@ -190,3 +190,11 @@ async def test_reading_an_interface_leaves_no_descriptor_open() -> None:
     before = set(os.listdir("/proc/self/fd"))
     await read_interface("lo")
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_queue_that_cannot_send_is_refused_because_the_kernel_would_swallow_its_frames() -> None:
+    lopsided = but(queues=QueueCounts(rx=4, tx=2, rx_max=4, tx_max=2))
+
+    check_queue(lopsided, 1)
+    with pytest.raises(RefusedError, match=r"queue 2 .*only 2 transmit"):
+        check_queue(lopsided, 2)
