@@ -73,7 +73,7 @@ def test_mirrors_are_read_from_both_forms_of_apt_sources(tmp_path: Path, monkeyp
     (tmp_path / "sources.list").write_text(
         "# deb http://d.example/debian one main\ndeb [arch=amd64 signed-by=/k] http://e.example/debian two main\n"
     )
-    module = load("guest-kernel", monkeypatch)
+    module = load("unpacked_debian.py", monkeypatch)
     monkeypatch.setattr(module, "APT_SOURCES", tmp_path)
     assert list(module.configured_mirrors()) == [
         ("http://a.example/debian", "one"),
