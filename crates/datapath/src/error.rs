@@ -164,3 +164,6 @@ pub fn errno_name(errno: i32) -> String {
     };
     known.to_owned()
 }
+
+#[cfg(test)]
+mod tests;

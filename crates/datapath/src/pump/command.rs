@@ -185,3 +185,6 @@ impl EventQueue {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;
