@@ -47,8 +47,8 @@ test-guest: setup ## A Linux guest in QEMU (root)
 	@tools/guest-kernel >/dev/null
 	@$(PYTEST) -q --report build/reports/$@.json tests/guest
 
-test-virtio-user: setup ## DPDK's virtio-user driver as the guest (root)
-	@$(PYTEST) -q --report build/reports/$@.json tests/virtio_user
+test-virtio-user: setup ## DPDK's virtio-user driver as the guest; FRAMES=N for more frames in each test (root)
+	@$(PYTEST) -q --report build/reports/$@.json $(if $(FRAMES),--frames $(FRAMES)) tests/virtio_user
 
 demo: setup ## Real traffic through a port, with the built-in guest; GUEST=qemu for a Linux guest (root)
 	@$(if $(filter qemu,$(GUEST)),tools/guest-kernel >/dev/null)

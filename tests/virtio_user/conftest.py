@@ -7,7 +7,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--frames N`."""
-    parser.addoption("--frames", type=int, default=1_000_000, help="frames to move in each test of virtio-user")
+    parser.addoption("--frames", type=int, default=500_000, help="frames to move in each test of virtio-user")
 
 
 @pytest.fixture(scope="session")

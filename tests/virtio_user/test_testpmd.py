@@ -22,12 +22,12 @@ from mpassthru.testing.wire import FrameGenerator, XdpSink
 
 FRAME = b"\x02\0\0\0\0\1" + b"\x02\0\0\0\0\2" + b"\x88\xb5" + bytes(50)
 RecordFigure = Callable[[str, object], None]
-PER_FRAME_S = 20e-6
+PER_FRAME_S = 200e-6
 """Slower than any machine that these tests are for."""
-RATE_FRAMES_PER_S = 500_000
+RATE_FRAMES_PER_S = 300_000
 """Generator, port and two threads of testpmd share what may be two cores; above this most frames are dropped."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(params=[True, False], ids=["mergeable", "not-mergeable"])

@@ -45,8 +45,8 @@ def check_queue(interface: Interface, queue_id: int) -> None:
     if queue_id >= interface.queues.tx:
         # The kernel would take the guest's frames and send none, without an error (net/xdp/xsk.c: __xsk_generic_xmit).
         raise RefusedError(
-            f"cannot use queue {queue_id} of {interface.name}: it has only {interface.queues.tx} transmit queue(s), and "
-            f"a socket sends on the queue it receives from; see 'ethtool -L {interface.name}'"
+            f"cannot use queue {queue_id} of {interface.name}: it has only {interface.queues.tx} transmit queue(s), "
+            f"and a socket sends on the queue it receives from; see 'ethtool -L {interface.name}'"
         )
 
 
