@@ -17,12 +17,13 @@ from rich.text import Text
 
 from mpassthru import doctor_checks
 from mpassthru.doctor_checks import Check, Status
-from mpassthru.netdev import Interface, UmemCost, read_interface
+from mpassthru.netdev import Interface, UmemCost, read_interface, zero_copy_rules
+from mpassthru.rules import ZeroCopyRules
 
 GUEST_SIZE_BYTES: Final = 4 << 30
 """The guest that is priced when none is named."""
 
-PortMode = Literal["copy", "none"]
+PortMode = Literal["zero-copy", "copy", "none"]
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +34,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     mode: PortMode | None = None
     """The mode that `attach --mode auto` would take now; None without an interface."""
     interface: Interface | None = None
+    zero_copy: ZeroCopyRules | None = None
+    """The rules of zero-copy mode; None where it cannot be had."""
     guest: UmemCost | None = None
     """None if no UMEM can be as large as the guest."""
 
@@ -59,7 +62,10 @@ def diagnose(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES
 
 async def examine(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES) -> Report:
     """As `diagnose`, inside a running event loop."""
-    cost, cost_check = doctor_checks.guest_cost(guest_size_bytes)
+    interface = await read_interface(ifname) if ifname is not None else None
+    decision = zero_copy_rules(interface) if interface is not None else None
+    rules = decision if isinstance(decision, ZeroCopyRules) else None
+    cost, cost_check = doctor_checks.guest_cost(guest_size_bytes, zero_copy=rules is not None)
     checks = [
         *doctor_checks.process_checks(),
         cost_check,
@@ -67,13 +73,16 @@ async def examine(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_
         doctor_checks.hugepages(guest_size_bytes),
     ]
     kernel = os.uname().release
-    if ifname is None:
+    if interface is None or decision is None:
         return Report(kernel=kernel, checks=checks, guest=cost)
-    interface = await read_interface(ifname)
     checks += await doctor_checks.interface_checks(interface)
-    mode: PortMode = "none" if any(check.status == "fail" for check in checks) else "copy"
-    checks.append(doctor_checks.mode(interface, possible=mode != "none"))
-    return Report(kernel=kernel, checks=checks, mode=mode, interface=interface, guest=cost)
+    if rules is not None:
+        checks.append(doctor_checks.zero_copy_bound(interface, rules))
+    mode: PortMode = "copy" if rules is None else "zero-copy"
+    if any(check.status == "fail" for check in checks):
+        mode = "none"
+    checks.append(doctor_checks.mode(interface, decision, possible=mode != "none"))
+    return Report(kernel=kernel, checks=checks, mode=mode, interface=interface, zero_copy=rules, guest=cost)
 
 
 _STYLES: Final[dict[Status, str]] = {"ok": "green", "warn": "yellow", "fail": "bold red"}

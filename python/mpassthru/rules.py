@@ -6,9 +6,12 @@ Made by `mpassthru.netdev.zero_copy` from the driver table and an interface; obe
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
+
+LINUX_BUFFER_ROOM_BYTES: Final = 1524
+"""What a Linux guest's receive buffer has for a frame by default (drivers/net/virtio_net.c, get_mergeable_buf_len)."""
 
 Contiguity = Literal["backing-page", "base-page"]
 """Which memory is one range of addresses for the device too: a page of the backing file, huge ones included; or, behind

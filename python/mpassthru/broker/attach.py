@@ -13,16 +13,16 @@ import pwd
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from mpassthru import _core
 from mpassthru.broker.endpoint import ConnectingEndpoint, Endpoint, InheritedEndpoint, ListeningEndpoint
+from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed
 from mpassthru.broker.port import Port
 from mpassthru.broker.status import AttachReport
 from mpassthru.control import Configure, Mode, PollMode
-from mpassthru.doctor_checks import why_not_zero_copy
 from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.netdev import (
     Interface,
@@ -68,6 +68,7 @@ class AttachOptions:
     queue: int = 0
     queues: int = 1
     mode: Mode = "auto"
+    zero_copy: ZeroCopyOptions = field(default_factory=ZeroCopyOptions)
     xdp: XdpChoice = "auto"
     steer: Steer = Steer()
     poll: PollMode = "adaptive"
@@ -168,9 +169,10 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
     refuse_without_privilege()
     queue_ids = tuple(range(options.queue, options.queue + options.queues))
     interface = await _fit_interface(options.interface, queue_ids)
-    socket_mode = choose_mode(options.mode, interface, view)
+    rules = choose_rules(options.mode, interface, options.zero_copy, view, steer=options.steer.kind, xdp=options.xdp)
     uid, gid = user_ids(options.user)
-    for line in (cost_line(options.guest_bytes, options.queues), *warnings_for(interface)):
+    cost = cost_line(options.guest_bytes, options.queues, zero_copy=rules is not None)
+    for line in (cost, *warnings_for(interface)):
         view.say(line)
     with contextlib.ExitStack() as undo:
         endpoint = open_endpoint(options)
@@ -185,6 +187,8 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
                 broadcast=options.steer.broadcast,
                 multicast=options.steer.multicast,
             )
+        # Only now: Intel's drivers take a zero-copy socket once an XDP program is there.
+        rules = await confirmed(rules, options.mode, interface, queue_ids, view)
         yield Attached(
             interface,
             xdp_mode,
@@ -196,7 +200,8 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
                 queue_ids=queue_ids,
                 mtu_bytes=interface.mtu_bytes,
                 frame_max_bytes=frame_max_bytes(interface),
-                socket_mode=socket_mode,
+                socket_mode="copy" if rules is None else "zero-copy",
+                zero_copy_rules=rules,
                 poll=options.poll,
                 uid=uid,
                 gid=gid,
@@ -259,31 +264,17 @@ def refuse_unfit(interface: Interface, queue_ids: tuple[int, ...]) -> None:
         )
 
 
-def cost_line(guest_bytes: int, queues: int) -> str:
+def cost_line(guest_bytes: int, queues: int, *, zero_copy: bool) -> str:
     """What the expected guest will cost.
 
     Raises:
         RefusedError: no kernel could take it.
     """
-    cost = umem_cost(guest_bytes, queues=queues)
+    cost = umem_cost(guest_bytes, queues=queues, zero_copy=zero_copy)
     return (
         f"cost of a guest of {format_bytes(guest_bytes)}: all of it pinned, "
         f"and {format_bytes(cost.kernel_bytes)} of kernel memory"
     )
-
-
-def choose_mode(mode: Mode, interface: Interface, view: View) -> Literal["copy"]:
-    """The mode to use; `auto` says which and why.
-
-    Raises:
-        RefusedError: zero-copy was forced.
-    """
-    cause = why_not_zero_copy(interface)
-    if mode == "zero-copy":
-        raise RefusedError(f"cannot use zero-copy mode on {interface.name}: {cause}; use --mode auto or copy")
-    if mode == "auto":
-        view.say(f"mode: copy (the kernel copies each frame once, into the guest's own buffer); {cause}")
-    return "copy"
 
 
 def user_ids(user: str | None) -> tuple[int | None, int | None]:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from mpassthru.broker.attach import AttachOptions, Steer, attach
+from mpassthru.broker.mode import ZeroCopyOptions
 from mpassthru.broker.status import to_json
 from mpassthru.cli.backend import PrintCapabilities
 from mpassthru.cli.recipe import GuestRecipe
@@ -37,6 +38,18 @@ def attach_command(
     mode: Annotated[
         Literal["auto", "zero-copy", "copy"], typer.Option(help="How the kernel and the guest's memory meet.")
     ] = "auto",
+    max_frame: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BYTES",
+            min=60,
+            help="Zero-copy: a promise that the wire brings no longer frame (tags count, FCS not) and no hardware "
+            "timestamps are taken, so that shorter guest buffers do. If it is broken, a frame overwrites guest memory.",
+        ),
+    ] = None,
+    bounce_only: Annotated[
+        bool, typer.Option("--bounce-only", help="Zero-copy: give the NIC no guest memory; copies each frame once.")
+    ] = False,
     xdp: Annotated[
         Literal["auto", "native", "generic"], typer.Option(help="Where in the kernel frames are taken.")
     ] = "auto",
@@ -82,6 +95,7 @@ def attach_command(
         queue=queue,
         queues=queues,
         mode=mode,
+        zero_copy=ZeroCopyOptions(bounce_only=bounce_only, frame_max_bytes=max_frame),
         xdp=xdp,
         steer=Steer(kind=steer, mac=mac_bytes, broadcast=broadcast, multicast=multicast),
         poll=poll,

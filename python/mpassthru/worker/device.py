@@ -20,7 +20,7 @@ from typing import Final
 from mpassthru import _core
 from mpassthru.control import Configure
 from mpassthru.errors import HostError, RefusedError
-from mpassthru.rules import ZeroCopyRules
+from mpassthru.rules import LINUX_BUFFER_ROOM_BYTES, ZeroCopyRules
 from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.device import Vring
 from mpassthru.worker.async_engine import AsyncEngine
@@ -28,8 +28,6 @@ from mpassthru.worker.privileges import CAP_IPC_LOCK, effective_capabilities
 from mpassthru.worker.socket_client import SocketClient
 
 FRAME_MIN_BYTES: Final = 60
-LINUX_BUFFER_ROOM_BYTES: Final = 1524
-"""What a Linux guest's receive buffer has for a frame by default (drivers/net/virtio_net.c, get_mergeable_buf_len)."""
 ETHERTYPE_RARP: Final = 0x8035
 DESCRIPTOR_BYTES: Final = 16
 AVAIL_HEADER_BYTES: Final = 4

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from mpassthru import doctor, doctor_checks
 from mpassthru.errors import HostError
-from mpassthru.netdev import Interface, Offloads, QueueCounts, XdpFeatures, XdpProgram
+from mpassthru.netdev import Interface, Offloads, QueueCounts, Refusal, XdpFeatures, XdpProgram, zero_copy_rules
 from mpassthru.netdev.capabilities import Capability
+from mpassthru.rules import ZeroCopyRules
 
 NIC = Interface(
     name="eth9",
@@ -150,20 +151,29 @@ def test_translating_iommu_warns_with_the_boot_option() -> None:
 def test_driver_without_native_xdp_is_said_to_use_generic() -> None:
     features = XdpFeatures(native=False, zero_copy=False, zero_copy_max_segments=1)
     assert doctor_checks.driver(but(xdp_features=features)).status == "warn"
-    assert "generic XDP" in doctor_checks.mode(but(xdp_features=features), possible=True).found
+    assert "generic XDP" in doctor_checks.mode(but(xdp_features=features), Refusal("none"), possible=True).found
 
 
-@pytest.mark.parametrize(
-    ("interface", "reason"),
-    [
-        (but(driver="veth", xdp_features=None), "veth does not have it"),
-        (
-            but(driver="ixgbe", xdp_features=XdpFeatures(native=True, zero_copy=False, zero_copy_max_segments=1)),
-            "ixgbe does not have it",
-        ),
-        (but(driver="newnic"), "nobody has yet read how newnic"),
-        (NIC, "this release"),
-    ],
-)
-def test_reason_against_zero_copy_is_the_first_that_holds(interface: Interface, reason: str) -> None:
-    assert reason in doctor_checks.why_not_zero_copy(interface)
+def test_mode_is_zero_copy_with_its_bound_or_copy_with_the_reason() -> None:
+    rules = zero_copy_rules(NIC, dma_is_bounced=False)
+    assert isinstance(rules, ZeroCopyRules)
+    assert doctor_checks.mode(NIC, rules, possible=True).found.startswith("zero-copy")
+    refused = doctor_checks.mode(NIC, Refusal("for no reason"), possible=True)
+    assert refused.found.startswith("copy")
+    assert "for no reason" in refused.advice
+
+
+def test_bound_beyond_a_linux_guests_buffers_is_warned_of() -> None:
+    check = doctor_checks.zero_copy_bound(NIC, expect_rules(but(driver="igb")))
+    assert check.status == "warn"
+    assert "hash=on" in check.advice
+    short = doctor_checks.zero_copy_bound(
+        NIC, expect_rules(but(driver="virtio_net", mtu_bytes=1382, virtio_header_bytes=12))
+    )
+    assert short.status == "ok"
+
+
+def expect_rules(interface: Interface) -> ZeroCopyRules:
+    rules = zero_copy_rules(interface, dma_is_bounced=False)
+    assert isinstance(rules, ZeroCopyRules)
+    return rules
