@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from mpassthru import _core
+from mpassthru.broker.address_filter import receive_for_guest
 from mpassthru.broker.endpoint import ConnectingEndpoint, Endpoint, InheritedEndpoint, ListeningEndpoint
 from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed
 from mpassthru.broker.port import Port
@@ -187,6 +188,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
                 broadcast=options.steer.broadcast,
                 multicast=options.steer.multicast,
             )
+        undo.enter_context(receive_for_guest(interface.name, interface.ifindex, options.steer.mac))
         # Only now: Intel's drivers take a zero-copy socket once an XDP program is there.
         rules = await confirmed(rules, options.mode, interface, queue_ids, view)
         yield Attached(
