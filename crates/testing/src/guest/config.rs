@@ -15,7 +15,11 @@ pub mod features {
     pub const VIRTIO_F_INDIRECT_DESC: u64 = 1 << 28;
     pub const VIRTIO_F_EVENT_IDX: u64 = 1 << 29;
     pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+    pub const VIRTIO_NET_F_HASH_REPORT: u64 = 1 << 57;
 }
+
+/// The longest virtio-net header: with a hash report.
+pub(super) const HEADER_BYTES_MAX: usize = 20;
 
 /// Where a queue's buffers lie, and how each is cut into descriptors.
 ///
@@ -112,11 +116,15 @@ pub struct GuestConfig {
 }
 
 impl GuestConfig {
-    /// Bytes of the virtio-net header (VIRTIO 1.3 section 5.1.6): 10 for a legacy device without mergeable buffers.
+    /// Bytes of the virtio-net header (VIRTIO 1.3 section 5.1.6): 10 for a legacy device without mergeable buffers, 20
+    /// with a hash report, else 12.
     #[must_use]
     pub fn header_bytes(&self) -> usize {
-        let has_num_buffers = features::VIRTIO_F_VERSION_1 | features::VIRTIO_NET_F_MRG_RXBUF;
-        if self.features & has_num_buffers == 0 { 10 } else { 12 }
+        match () {
+            () if self.has(features::VIRTIO_NET_F_HASH_REPORT) => HEADER_BYTES_MAX,
+            () if self.has(features::VIRTIO_F_VERSION_1 | features::VIRTIO_NET_F_MRG_RXBUF) => 12,
+            () => 10,
+        }
     }
 
     pub(super) fn has(&self, feature: u64) -> bool {

@@ -1,7 +1,7 @@
 //! The rx virtqueue: buffers posted for the device to fill, and the frames that come back in them.
 
 use super::buffers::Buffers;
-use super::config::{GuestConfig, features};
+use super::config::{GuestConfig, HEADER_BYTES_MAX, features};
 use super::counters::{Counters, Violations};
 use crate::driver::{Segment, SplitDriver, Used, Violation};
 use crate::error::{Error, Result};
@@ -138,7 +138,7 @@ impl RxQueue {
 
     /// Judges a frame's virtio-net header (VIRTIO 1.3 section 5.1.6.4); returns how many buffers the frame has.
     fn read_header(&self, buffer: u16, violations: &mut Violations) -> u16 {
-        let mut header = [0; 12];
+        let mut header = [0; HEADER_BYTES_MAX];
         let header = &mut header[..self.rules.header_bytes];
         self.buffers.read(buffer, 0, header);
         let is_unasked = (header[0] != 0 && !self.rules.flags_allowed) || (header[1] != 0 && !self.rules.gso_allowed);
@@ -176,7 +176,7 @@ impl RxQueue {
     /// Makes a frame fit to be sent as it lies: header zeroed, MAC addresses swapped.
     pub fn turn_round(&self, frame: Frame) {
         let header_bytes = self.rules.header_bytes;
-        self.buffers.write(frame.first_buffer, 0, &[0; 12][..header_bytes]);
+        self.buffers.write(frame.first_buffer, 0, &[0; HEADER_BYTES_MAX][..header_bytes]);
         // The addresses are in the first buffer unless buffers are tiny; such frames go back as they are.
         if self.used_bytes[usize::from(frame.first_buffer)] as usize >= header_bytes + 12 {
             let mut addresses = [0; 12];
