@@ -20,6 +20,7 @@ __all__ = [
     "SteeringProgram",
     "VringConfig",
     "XdpSink",
+    "ZeroCopyRules",
 ]
 
 _VringIndex = int
