@@ -47,7 +47,7 @@ TX_DIRECT = {
     "one-piece": GuestConfig(tx=BufferLayout(pieces=(2048,))),
     "odd-addresses": GuestConfig(tx=BufferLayout(pieces=(2048,), stride_bytes=2049, offset_bytes=1)),
     "header-apart": GuestConfig(tx=BufferLayout(pieces=(12, 1600), stride_bytes=1601)),
-    "scattered": GuestConfig(tx=BufferLayout(pieces=(12, *(97,) * 16), stride_bytes=211, offset_bytes=7)),
+    "scattered": GuestConfig(tx=BufferLayout(pieces=(12, *(191,) * 8), stride_bytes=211, offset_bytes=7)),
     "indirect": GuestConfig(tx=BufferLayout(pieces=(12, 31, 1600), stride_bytes=1777, indirect=True)),
     "legacy-header": GuestConfig(features=LEGACY, tx=BufferLayout(pieces=(10, 1600))),
 }

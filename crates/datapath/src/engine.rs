@@ -218,11 +218,24 @@ fn start_pump(pair: usize, poll: PollMode, events: &Arc<EventQueue>) -> Result<P
     let commands = Arc::new(CommandQueue::new()?);
     let view = Arc::new(PumpView::default());
     let pump = Pump::new(pair, poll, Arc::clone(&commands), Arc::clone(events), Arc::clone(&view));
-    let thread = std::thread::Builder::new().name(format!("pump-{pair}")).spawn(|| pump.run()).map_err(|error| {
-        let errno = error.raw_os_error().unwrap_or(libc::EAGAIN);
-        HostError::new(errno, format!("cannot start the thread of queue pair {pair}"), "raise the limit on processes")
-    })?;
+    let thread =
+        std::thread::Builder::new().name(format!("pump-{pair}")).spawn(|| run_or_abort(pump)).map_err(|error| {
+            let errno = error.raw_os_error().unwrap_or(libc::EAGAIN);
+            HostError::new(
+                errno,
+                format!("cannot start the thread of queue pair {pair}"),
+                "raise the limit on processes",
+            )
+        })?;
     Ok(PumpHandle { commands, view, thread: Mutex::new(Some(thread)) })
+}
+
+/// A pump that panics is a bug of ours; its commands would never be answered. The process ends, and is started anew.
+fn run_or_abort(pump: Pump) {
+    let run = std::panic::AssertUnwindSafe(|| pump.run());
+    if std::panic::catch_unwind(run).is_err() {
+        std::process::abort();
+    }
 }
 
 fn attached(view: &PumpView) -> Option<SharedFd> {

@@ -90,12 +90,6 @@ pub enum QueueFault {
         /// Head of the chain.
         head: u16,
     },
-    /// The driver kicked, and descriptor table and avail ring hold nothing but zeros.
-    #[error(
-        "the queue was kicked but its rings are all zero: the front-end's memory is not shared with us \
-         (QEMU: share=on on the memory backend)"
-    )]
-    MemoryNotShared,
 }
 
 /// A system call failed, or the host cannot do what was asked.

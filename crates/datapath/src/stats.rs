@@ -55,8 +55,6 @@ reasons! {
         Disabled => "disabled",
         /// tx: shorter than an Ethernet header.
         Runt => "runt",
-        /// tx: no AF_XDP socket is attached, or it went away with the frame.
-        NoSocket => "no_socket",
     }
 }
 

@@ -296,7 +296,7 @@ impl Engine {
     }
 
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let (rx, tx) = self.0.counts();
+        let (rx, tx) = py.detach(|| self.0.counts());
         let report = PyDict::new(py);
         report.set_item("rx", direction(py, &rx)?)?;
         report.set_item("tx", direction(py, &tx)?)?;

@@ -27,7 +27,6 @@ fn test_every_message_is_one_line() {
     let faults = [
         QueueFault::BadSize { size: 3 },
         QueueFault::RingOutsideMemory { ring: "used ring", address: 1, len_bytes: 2 },
-        QueueFault::MemoryNotShared,
     ];
     for fault in faults {
         let message = Error::from(fault).to_string();

@@ -22,6 +22,8 @@ use crate::xsk::{CHUNK_BYTES, RX_RING_DESCS, RxDesc, XskSocket};
 
 /// Frames handled before the other direction gets its turn.
 const BURST: u32 = 64;
+/// Heads taken before anybody else gets a turn: a guest can make each of them a long chain.
+const REFILL_BURST: u16 = 256;
 /// Segments of waiting heads that are remembered; a guest with longer chains has fewer heads waiting.
 const WAITING_SEGMENTS_MAX: usize = 4 * RX_RING_DESCS as usize;
 
@@ -191,7 +193,7 @@ impl Rx {
     fn refill(&mut self, xsk: &mut XskSocket, slab: &mut Slab) -> Result<u32, QueueFault> {
         let available = self.vring.queue.available()?;
         let mut taken = 0;
-        for _ in 0..available {
+        for _ in 0..available.min(REFILL_BURST) {
             if self.posted.len() + slab.used() >= RX_RING_DESCS as usize
                 || self.posted.len() + self.waiting.len() >= RX_RING_DESCS as usize
             {

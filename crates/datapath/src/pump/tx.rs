@@ -191,6 +191,7 @@ impl Tx {
         let taken = self.send(xsk, flight, counts);
         xsk.tx_submit();
         let pending = xsk.tx_pending();
+        self.wakeup_errno = None;
         if pending > 0 {
             self.wakeup_errno = xsk.tx_wakeup().err().filter(|errno| !is_passing(*errno));
             // In copy mode the call has sent frames, and most are complete already.

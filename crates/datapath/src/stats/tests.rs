@@ -33,7 +33,6 @@ fn test_names_are_in_step_with_the_variants() {
         BufferTooSmall: "buffer_too_small",
         Disabled: "disabled",
         Runt: "runt",
-        NoSocket: "no_socket",
     });
 }
 

@@ -19,9 +19,12 @@ pub const TX_RING_DESCS: u32 = 2048;
 pub const COMPLETION_RING_DESCS: u32 = TX_RING_DESCS;
 /// Descriptors that one send works on in copy mode: several bursts, so that a full one never needs a second call.
 const TX_BUDGET_DESCS: u32 = 256;
-/// Descriptors of one packet in copy mode: MAX_SKB_FRAGS + 1 (kernel-facts, section 6.4).
-const TX_PIECES_COPY_MODE: usize = 18;
-/// A predecessor's queue is free 28-58 ms after its close (kernel-facts, section 8.3).
+/// Descriptors of one packet in copy mode. An skb has room for 17 fragments (MAX_SKB_FRAGS); where the kernel refers to
+/// our pages instead of copying (virtio_net: IFF_TX_SKB_NO_LINEAR), a piece that crosses a page takes two, and a packet
+/// with too many is dropped without its completions (net/xdp/xsk.c: xsk_build_skb_zerocopy).
+const TX_PIECES_COPY_MODE: usize = 8;
+/// A predecessor's queue is free, and its locked memory off the account, 28-58 ms after its close (kernel-facts,
+/// section 8.3).
 const BIND_DEADLINE: Duration = Duration::from_secs(2);
 const BIND_RETRY: Duration = Duration::from_millis(2);
 
@@ -127,8 +130,9 @@ impl XskSocket {
         params: &SocketParams,
     ) -> Result<Self, Error> {
         let raw_fd = fd.as_raw_fd();
+        let deadline = Instant::now() + BIND_DEADLINE;
         if umem_of.is_none() {
-            register_umem(raw_fd, memory, params.layout)?;
+            until(deadline, libc::ENOBUFS, || register_umem(raw_fd, memory, params.layout).map_err(Error::from))?;
         }
         for (option, descs) in [
             (libc::XDP_UMEM_FILL_RING, RX_RING_DESCS),
@@ -141,7 +145,7 @@ impl XskSocket {
         raise_tx_budget(raw_fd)?;
         let offsets: libc::xdp_mmap_offsets = get_option(raw_fd, libc::XDP_MMAP_OFFSETS)?;
         let rings = Rings::map(raw_fd, &offsets)?;
-        bind_queue(raw_fd, umem_of, params)?;
+        until(deadline, libc::EBUSY, || bind_queue(raw_fd, umem_of, params))?;
         let mode = bound_mode(raw_fd)?;
         if mode != params.mode {
             return Err(Error::Refused(format!(
@@ -363,19 +367,24 @@ fn bind_queue(fd: RawFd, umem_of: Option<&SharedFd>, params: &SocketParams) -> R
         sxdp_queue_id: params.queue_id,
         sxdp_shared_umem_fd: owner.map_or(0, |fd| fd.as_raw_fd() as u32),
     };
-    let deadline = Instant::now() + BIND_DEADLINE;
+    let len = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: `address` is a sockaddr_xdp and `len` its size.
+    if unsafe { libc::bind(fd, (&raw const address).cast(), len) } == 0 {
+        return Ok(());
+    }
+    let what = format!("cannot bind AF_XDP socket to interface {} queue {}", params.ifindex, params.queue_id);
+    Err(HostError::last(what, |errno| bind_advice(errno, params.mode)).into())
+}
+
+/// Tries again, until the deadline, what fails with `errno` while the kernel takes a predecessor down.
+fn until(deadline: Instant, errno: i32, mut step: impl FnMut() -> Result<(), Error>) -> Result<(), Error> {
     loop {
-        let len = size_of_val(&address) as libc::socklen_t;
-        // SAFETY: `address` is a sockaddr_xdp and `len` its size.
-        if unsafe { libc::bind(fd, (&raw const address).cast(), len) } == 0 {
-            return Ok(());
+        match step() {
+            Err(Error::Host(error)) if error.errno == errno && Instant::now() < deadline => {
+                std::thread::sleep(BIND_RETRY);
+            }
+            result => return result,
         }
-        let what = format!("cannot bind AF_XDP socket to interface {} queue {}", params.ifindex, params.queue_id);
-        let error = HostError::last(what, |errno| bind_advice(errno, params.mode));
-        if error.errno != libc::EBUSY || Instant::now() >= deadline {
-            return Err(error.into());
-        }
-        std::thread::sleep(BIND_RETRY);
     }
 }
 
