@@ -8,10 +8,14 @@ SCRIPTS   := tools/guest-kernel tools/run-steps
 # Unit tests need no privilege; so that they cannot come to need one, they run without any, whoever runs them.
 UNPRIVILEGED := $(if $(filter 0,$(shell id -u)),setpriv --bounding-set=-all --inh-caps=-all --no-new-privs)
 
-.PHONY: help setup check test test-unit test-netns test-guest test-virtio-user demo clean
+# A command in the zero-copy test machine, which finds this tree at the same path. No KVM is needed.
+IN_MACHINE = mkdir -p build/reports && .venv/bin/python -m mpassthru.testing.zerocopy_machine $$(tools/zerocopy-machine) \
+    --share build/reports --
+
+.PHONY: help setup check test test-unit test-netns test-guest test-virtio-user test-zerocopy test-zerocopy-quick demo clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install what is missing and build: Debian packages (root), .venv, extension module
 	@tools/setup
@@ -26,14 +30,15 @@ check: setup ## Formatting, lints and types, Python and Rust
 	    'cargo fmt --check' \
 	    'cargo clippy --quiet --locked --workspace --all-targets -- -D warnings'
 
-test: ## All of it, set-up included: checks, unit, namespace, QEMU guest and virtio-user tests
+test: ## All of it, set-up included: checks, unit, namespace, QEMU guest, virtio-user and short zero-copy tests
 	@$(RUN_STEPS) $@ \
 	    '$(MAKE) setup' \
 	    '$(MAKE) check' \
 	    '$(MAKE) test-unit' \
 	    '$(MAKE) test-netns' \
 	    '$(MAKE) test-guest' \
-	    '$(MAKE) test-virtio-user'
+	    '$(MAKE) test-virtio-user' \
+	    '$(MAKE) test-zerocopy-quick'
 
 test-unit: setup ## Unit tests, Rust then Python; these without any capability
 	@$(RUN_STEPS) $@ \
@@ -49,6 +54,12 @@ test-guest: setup ## A Linux guest in QEMU (root)
 
 test-virtio-user: setup ## DPDK's virtio-user driver as the guest; FRAMES=N for more frames in each test (root)
 	@$(PYTEST) -q --report build/reports/$@.json $(if $(FRAMES),--frames $(FRAMES)) tests/virtio_user
+
+test-zerocopy: setup ## Zero-copy drivers (virtio_net, igb) in a machine of QEMU's, with 200,000 frames and 200 stops each
+	@$(IN_MACHINE) $(PYTEST) -q -p no:cacheprovider --report build/reports/$@.json tests/zerocopy
+
+test-zerocopy-quick: setup ## The short form of test-zerocopy
+	@$(IN_MACHINE) $(PYTEST) -q -p no:cacheprovider --report build/reports/$@.json -m 'not long' tests/zerocopy
 
 demo: setup ## Real traffic through a port, with the built-in guest; GUEST=qemu for a Linux guest (root)
 	@$(if $(filter qemu,$(GUEST)),tools/guest-kernel >/dev/null)
