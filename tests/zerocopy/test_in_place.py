@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from zero_copy_port import FRAME_SIZES, GUEST_KINDS, ZeroCopyPort
+from zero_copy_port import FRAME_SIZES, GUEST_KINDS, SOME_SIZES, ZeroCopyPort
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 DIRECT_KINDS = ("linux-hash-report", "dpdk", "dpdk-not-mergeable")
 BOUNCING_KINDS = ("linux-default", "linux-not-mergeable")
-EDGES = (60, 61, 64, 127, 128, 129, 1023, 1024, 1025, 1499, 1500, 1501, 1513, 1514)
-SOME_SIZES = tuple(sorted({*EDGES, *FRAME_SIZES[::29]}))
 
 
 @pytest.mark.parametrize("kind", DIRECT_KINDS)

@@ -21,6 +21,8 @@ NOT_MERGEABLE: Final = DEFAULT_FEATURES & ~VirtioFeature.VIRTIO_NET_F_MRG_RXBUF
 PORTION: Final = 64
 """Frames on their way at once: fewer than any ring or queue on the way holds."""
 FRAME_SIZES: Final = tuple(range(60, 1515))
+EDGES: Final = (60, 61, 64, 127, 128, 129, 1023, 1024, 1025, 1499, 1500, 1501, 1513, 1514)
+SOME_SIZES: Final = tuple(sorted({*EDGES, *FRAME_SIZES[::29]}))
 
 
 def huge_guest(**changes: object) -> GuestConfig:
