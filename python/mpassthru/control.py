@@ -18,7 +18,7 @@ from typing import Generic, Literal, TypeVar
 
 import msgspec
 
-from mpassthru.errors import MpassthruError
+from mpassthru.errors import MpassthruError, errno_name
 from mpassthru.report import DirectionReport
 from mpassthru.rules import ZeroCopyRules
 
@@ -58,6 +58,7 @@ class Configure(_Message, frozen=True):
     zero_copy_rules: ZeroCopyRules | None = None
     """Set if `socket_mode` is `zero-copy`."""
     uid: int | None = None
+    """The worker's user and group; None for both if the broker's own, who is not root then."""
     gid: int | None = None
     keep_ipc_lock: bool = False
     """The memlock limit could not be raised: CAP_IPC_LOCK has to stay."""
@@ -190,7 +191,7 @@ class ControlChannel(Generic[Outgoing, Incoming]):
             self._sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
         except OSError as error:
             name = type(message).__name__
-            raise ControlError(f"cannot send {name} on the control socket ({error.strerror})") from error
+            raise ControlError(f"cannot send {name} on the control socket ({errno_name(error.errno)})") from error
 
     async def receive(self) -> tuple[Incoming, list[int]] | None:
         """Wait for the next message.

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import textwrap
+import venv
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import mpassthru
 from mpassthru.broker.status import AttachReport
 from mpassthru.testing.attached_port import AttachedPort, attached_port
 from mpassthru.testing.child import running_child
@@ -185,30 +188,52 @@ async def test_inherited_socket_serves_its_one_frontend_and_ends(veth: Namespace
 # ---- who may do what ---------------------------------------------------------------------------------------
 
 
-async def test_worker_has_no_capability_but_ipc_lock(veth: Namespace, path: Path) -> None:
-    async with attached_port(veth, path) as port, running_guest(port, path) as guest:
+def fields_of(status: str) -> dict[str, str]:
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in status.splitlines())}
+
+
+@pytest.mark.parametrize(("options", "user_id"), [((), 65534), (("--user", "daemon"), 1)])
+async def test_worker_is_a_user_without_groups_and_any_capability_but_ipc_lock(
+    veth: Namespace, path: Path, options: tuple[str, ...], user_id: int
+) -> None:
+    async with attached_port(veth, path, *options) as port, running_guest(port, path) as guest:
         await check_traffic(veth, guest)
         status = status_of(worker_of(await port.until(lambda report: report.worker_pid is not None)))
 
-    fields = {name: value.strip() for name, _, value in (line.partition(":") for line in status.splitlines())}
+    fields = fields_of(status)
+    assert fields["Uid"].split() == [str(user_id)] * 4
+    assert fields["Gid"].split() == [str(user_id)] * 4
+    assert fields["Groups"] == ""
     assert permitted_capabilities(status) <= {CAP_IPC_LOCK}
     for name in ("CapInh", "CapBnd", "CapAmb"):
         assert int(fields[name], 16) == 0, name
     assert fields["NoNewPrivs"] == "1"
 
 
-async def test_worker_runs_as_the_user_that_was_named(veth: Namespace, path: Path) -> None:
-    async with attached_port(veth, path, "--user", "nobody") as port, running_guest(port, path) as guest:
-        await check_traffic(veth, guest)
-        status = status_of(worker_of(await port.until(lambda report: report.worker_pid is not None)))
+@pytest.fixture
+def private_python(tmp_path: Path) -> str:
+    """The interpreter of a virtual environment that only root can read, as one below /root."""
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    venv.create(private / "venv", symlinks=True)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(private / "venv")}))
+    packages = {entry.name: entry for entry in Path(sysconfig.get_path("purelib")).iterdir() if entry.suffix != ".pth"}
+    packages["mpassthru"] = Path(mpassthru.__file__).parent
+    for name, origin in packages.items():
+        (site / name).symlink_to(origin)
+    return str(private / "venv" / "bin" / "python")
 
-    uids, gids, groups = (
-        next(line for line in status.splitlines() if line.startswith(name)) for name in ("Uid", "Gid", "Groups")
-    )
-    assert set(uids.split()[1:]) == {"65534"}
-    assert set(gids.split()[1:]) == {"65534"}
-    assert groups.split()[1:] == []
-    assert permitted_capabilities(status) <= {CAP_IPC_LOCK}
+
+async def test_worker_needs_no_file_that_its_user_cannot_read(veth: Namespace, path: Path, private_python: str) -> None:
+    async with attached_port(veth, path, python=private_python) as port, running_guest(port, path) as guest:
+        await check_traffic(veth, guest)
+        guest.ring(1).set_avail_idx(guest.ring(1).avail_idx + guest.ring(1).size + 1)
+        guest.ring(1).kick()
+
+        await port.until_said("virtqueue 1 was stopped, for the guest broke it")
+
+        await port.stop()
+    assert not any("Traceback" in line for line in port.lines)
 
 
 async def test_guest_memory_is_mapped_by_the_worker_and_not_by_the_broker(veth: Namespace, path: Path) -> None:

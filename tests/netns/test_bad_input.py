@@ -118,6 +118,13 @@ def test_user_that_does_not_exist(veth: Namespace, path: Path) -> None:
     assert_nothing_left(veth, path)
 
 
+def test_user_that_is_root(veth: Namespace, path: Path) -> None:
+    line = refused(veth, veth.ifname, "--socket-path", str(path), "--user", "root")
+
+    assert "cannot run the worker as root: uid 0 opens root's files without any capability" in line
+    assert_nothing_left(veth, path)
+
+
 def test_socket_path_that_is_taken(veth: Namespace, path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as owner:
         owner.bind(str(path))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import pwd
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,6 +22,7 @@ from mpassthru.broker.endpoint import ConnectingEndpoint, Endpoint, InheritedEnd
 from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed
 from mpassthru.broker.port import Port
 from mpassthru.broker.status import AttachReport
+from mpassthru.broker.worker_user import worker_ids
 from mpassthru.control import Configure, Mode, PollMode
 from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.netdev import (
@@ -74,6 +74,7 @@ class AttachOptions:
     steer: Steer = Steer()
     poll: PollMode = "adaptive"
     user: str | None = None
+    """Whose process the worker is; None for `nobody`."""
     once: bool = False
     interval_s: float = 1.0
     guest_bytes: int = 4 << 30
@@ -171,7 +172,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
     queue_ids = tuple(range(options.queue, options.queue + options.queues))
     interface = await _fit_interface(options.interface, queue_ids)
     rules = choose_rules(options.mode, interface, options.zero_copy, view, steer=options.steer.kind, xdp=options.xdp)
-    uid, gid = user_ids(options.user)
+    uid, gid = worker_ids(options.user)
     cost = cost_line(options.guest_bytes, options.queues, zero_copy=rules is not None)
     for line in (cost, *warnings_for(interface)):
         view.say(line)
@@ -277,21 +278,6 @@ def cost_line(guest_bytes: int, queues: int, *, zero_copy: bool) -> str:
         f"cost of a guest of {format_bytes(guest_bytes)}: all of it pinned, "
         f"and {format_bytes(cost.kernel_bytes)} of kernel memory"
     )
-
-
-def user_ids(user: str | None) -> tuple[int | None, int | None]:
-    """User and group id of the worker's user; None for both if there is none.
-
-    Raises:
-        RefusedError: no such user.
-    """
-    if user is None:
-        return None, None
-    try:
-        entry = pwd.getpwnam(user)
-    except KeyError:
-        raise RefusedError(f"cannot run the worker as {user}: there is no such user; see getent passwd") from None
-    return entry.pw_uid, entry.pw_gid
 
 
 def open_endpoint(options: AttachOptions) -> Endpoint:

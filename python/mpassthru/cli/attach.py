@@ -62,7 +62,9 @@ def attach_command(
     poll: Annotated[
         Literal["busy", "adaptive", "interrupt"], typer.Option(help="How to wait for frames.")
     ] = "adaptive",
-    user: Annotated[str | None, typer.Option(metavar="NAME", help="Run the worker as this user.")] = None,
+    user: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Run the worker as this user, not root; nobody if left out.")
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="End when the first front-end leaves; 1 if anything failed.")] = (
         False
     ),

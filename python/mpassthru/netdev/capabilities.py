@@ -9,6 +9,9 @@ from pathlib import Path
 class Capability(enum.IntEnum):
     """The capabilities that some part of mpassthru asks for."""
 
+    CAP_KILL = 5
+    CAP_SETGID = 6
+    CAP_SETUID = 7
     CAP_NET_ADMIN = 12
     CAP_NET_RAW = 13
     CAP_IPC_LOCK = 14
@@ -19,6 +22,9 @@ class Capability(enum.IntEnum):
 
 BROKER_NEEDS = frozenset({Capability.CAP_NET_ADMIN, Capability.CAP_NET_RAW, Capability.CAP_BPF})
 """To attach the XDP program, fill its maps, and open AF_XDP sockets."""
+
+WORKER_USER_NEEDS = frozenset({Capability.CAP_KILL, Capability.CAP_SETGID, Capability.CAP_SETUID})
+"""To start a process of another user, and to end it."""
 
 
 def effective_capabilities() -> frozenset[Capability]:
@@ -34,3 +40,8 @@ def missing_for_broker() -> list[str]:
     if Capability.CAP_SYS_ADMIN in have:
         have |= {Capability.CAP_BPF}
     return sorted(capability.name for capability in BROKER_NEEDS - have)
+
+
+def missing_for_worker_user() -> list[str]:
+    """Names of the capabilities that this process would need, and has not, to run a worker as another user."""
+    return sorted(capability.name for capability in WORKER_USER_NEEDS - effective_capabilities())

@@ -138,6 +138,7 @@ async def attached_port(
     *options: str,
     interval_s: float = INTERVAL_S,
     prefix: Sequence[str] = (),
+    python: str = sys.executable,
 ) -> AsyncIterator[AttachedPort]:
     """Run `mpassthru attach` on the namespace's interface for the length of the block.
 
@@ -147,8 +148,9 @@ async def attached_port(
         options: More options of `mpassthru attach`.
         interval_s: Seconds between figures.
         prefix: Command to run it with, such as `setpriv` and its options.
+        python: Interpreter to run it with.
     """
-    command = (sys.executable, "-m", "mpassthru", "attach", namespace.ifname, "--json", "--interval", str(interval_s))
+    command = (python, "-m", "mpassthru", "attach", namespace.ifname, "--json", "--interval", str(interval_s))
     async with running_child(
         *prefix, *command, "--socket-path", str(socket_path), *options, namespace=namespace, stderr=PIPE
     ) as process:

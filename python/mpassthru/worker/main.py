@@ -166,11 +166,12 @@ class _ForwardedLog(logging.Handler):
             self._channel.send(control.Notice(text=record.getMessage(), trouble=True))
 
 
-async def serve_port(control_fd: int, make_engine: MakeEngine) -> None:
+async def serve_port(control_fd: int, parent_pid: int, make_engine: MakeEngine) -> None:
     """Take the configuration from the broker, give up all privileges, and serve.
 
     Args:
         control_fd: This process's end of the control channel.
+        parent_pid: Of the broker.
         make_engine: Makes the data plane; called after the privileges are gone.
 
     Raises:
@@ -185,7 +186,12 @@ async def serve_port(control_fd: int, make_engine: MakeEngine) -> None:
     close_fds(fds)
     if not isinstance(configuration, Configure):
         raise ControlError(f"the first control message is {type(configuration).__name__}, not Configure")
-    privileges.drop(uid=configuration.uid, gid=configuration.gid, keep_ipc_lock=configuration.keep_ipc_lock)
+    privileges.drop(
+        parent_pid=parent_pid,
+        uid=configuration.uid,
+        gid=configuration.gid,
+        keep_ipc_lock=configuration.keep_ipc_lock,
+    )
     logging.getLogger("mpassthru").addHandler(_ForwardedLog(channel))
     worker = Worker(channel, configuration, make_engine(configuration))
     running = asyncio.ensure_future(worker.run())
@@ -200,4 +206,4 @@ def start(control_fd: int, parent_pid: int, make_engine: MakeEngine) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     privileges.die_with_parent(parent_pid)
     os.set_inheritable(control_fd, False)
-    asyncio.run(serve_port(control_fd, make_engine))
+    asyncio.run(serve_port(control_fd, parent_pid, make_engine))

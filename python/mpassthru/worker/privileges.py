@@ -1,8 +1,9 @@
 """Giving up privileges for good, before a byte of the front-end is read.
 
-`drop` leaves: no capability, or CAP_IPC_LOCK alone; empty inheritable, ambient and bounding sets; `no_new_privs`; an
-empty network namespace where that can be had (AF_XDP sockets keep the one they were made in); a process that leaves no
-core dump with guest memory in it; SIGKILL when the broker dies. See capabilities(7) for the rules used.
+`drop` leaves: a user that is not root, in no other group than its own; no capability, or CAP_IPC_LOCK alone; empty
+inheritable, ambient and bounding sets; `no_new_privs`; an empty network namespace where that can be had (AF_XDP sockets
+keep the one they were made in); a process that leaves no core dump with guest memory in it, and that no other process
+of its user can trace; SIGKILL when the broker dies. See capabilities(7) for the rules used.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import signal
 import struct
 from typing import Final
 
-from mpassthru.errors import HostError
+from mpassthru.errors import HostError, errno_name
 
+CAP_SETGID: Final = 6
 CAP_IPC_LOCK: Final = 14
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -46,12 +48,15 @@ def die_with_parent(parent_pid: int) -> None:
         raise SystemExit(0)
 
 
-def drop(*, uid: int | None = None, gid: int | None = None, keep_ipc_lock: bool = False) -> None:
+def drop(*, parent_pid: int, uid: int | None = None, gid: int | None = None, keep_ipc_lock: bool = False) -> None:
     """Give up every privilege but, if asked for, CAP_IPC_LOCK. There is no way back.
 
+    Everything that is needed later has to be imported before: the new user may not be able to read it.
+
     Args:
-        uid: User to become; None keeps the present one (which, for root, then has no capability either).
-        gid: Group to become; supplementary groups are left when `uid` is given.
+        parent_pid: See `die_with_parent`.
+        uid: User to become; None keeps the present one, which must not be root.
+        gid: Group to become. Set together with `uid`.
         keep_ipc_lock: Keep CAP_IPC_LOCK, if this process has it.
 
     Raises:
@@ -60,13 +65,14 @@ def drop(*, uid: int | None = None, gid: int | None = None, keep_ipc_lock: bool 
     kept = {CAP_IPC_LOCK} & permitted_capabilities() if keep_ipc_lock else set()
     _enter_empty_network()
     _clear_bounding_set()
-    if uid is not None:
-        _prctl("keep capabilities over the change of user", _PR_SET_KEEPCAPS, 1)
-        _become(uid, gid)
+    _prctl("keep capabilities over the change of user", _PR_SET_KEEPCAPS, 1)
+    _become(uid, gid)
     _prctl("clear the ambient set", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     _capset(kept)
     _prctl("set no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
     _prctl("forbid core dumps", _PR_SET_DUMPABLE, 0)
+    # The change of user has cleared it (prctl(2), PR_SET_PDEATHSIG).
+    die_with_parent(parent_pid)
 
 
 def permitted_capabilities(status: str | None = None) -> set[int]:
@@ -106,16 +112,23 @@ def _clear_bounding_set() -> None:
         capability += 1
 
 
-def _become(uid: int, gid: int | None) -> None:
+def _become(uid: int | None, gid: int | None) -> None:
     try:
-        os.setgroups([])
-        if gid is not None:
+        # A user that stays the same may have no say in its groups, which are no more than its own then.
+        if uid is not None or CAP_SETGID in effective_capabilities():
+            os.setgroups([])
+        if uid is not None and gid is not None:
             os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
     except OSError as error:
         raise HostError(
-            error.errno or 0, f"cannot become user {uid} ({error.strerror}): run as root or leave out --user"
+            error.errno or 0,
+            f"the worker cannot become user {uid} ({errno_name(error.errno)}): give the broker CAP_SETUID and CAP_SETGID",
         ) from error
+    if 0 in os.getresuid():
+        raise HostError(
+            errno.EPERM, "the worker cannot run as root, who opens root's files without any capability: use --user"
+        )
 
 
 def _capset(capabilities: set[int]) -> None:
@@ -135,4 +148,4 @@ def _prctl(attempt: str, option: int, argument: int) -> None:
 
 def _error(attempt: str) -> HostError:
     number = ctypes.get_errno()
-    return HostError(number, f"the worker cannot {attempt} ({os.strerror(number)})")
+    return HostError(number, f"the worker cannot {attempt} ({errno_name(number)})")
