@@ -10,9 +10,16 @@ Messages say what was attempted, on what, and what to try: one line, fit for a t
 
 from __future__ import annotations
 
+from errno import errorcode
+
 
 class MpassthruError(Exception):
     """Base of every error raised on purpose."""
+
+
+def errno_name(number: int | None) -> str:
+    """How messages name an errno: `ENOENT`, as the man pages do and the Rust side too."""
+    return errorcode.get(number or 0, f"errno {number or 0}")
 
 
 class HostError(MpassthruError, OSError):

@@ -6,12 +6,11 @@ however the broker ends. The socket itself receives nothing.
 
 from __future__ import annotations
 
-import errno
 import socket
 import struct
 from typing import Final
 
-from mpassthru.errors import HostError
+from mpassthru.errors import HostError, errno_name
 
 _SOL_PACKET: Final = 263
 _PACKET_ADD_MEMBERSHIP: Final = 1
@@ -45,7 +44,7 @@ def receive_for_guest(ifname: str, ifindex: int, mac: bytes) -> socket.socket:
         number = error.errno or 0
         raise HostError(
             number,
-            f"cannot have {ifname} receive frames for the guest ({errno.errorcode.get(number, number)}): "
+            f"cannot have {ifname} receive frames for the guest ({errno_name(number)}): "
             "run as root, or give the process CAP_NET_RAW",
         ) from error
     return sock

@@ -14,7 +14,7 @@ import stat
 from pathlib import Path
 from typing import Protocol
 
-from mpassthru.errors import HostError, RefusedError
+from mpassthru.errors import HostError, RefusedError, errno_name
 
 CONNECT_RETRY_S = 0.25
 """Pause between two tries to reach a front-end that does not listen yet."""
@@ -128,7 +128,7 @@ def _adopt(fd: int) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)
     except OSError as error:
-        raise RefusedError(f"cannot use fd {fd} ({error.strerror}): pass an open socket to --fd") from error
+        raise RefusedError(f"cannot use fd {fd} ({errno_name(error.errno)}): pass an open socket to --fd") from error
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
         sock.close()
         raise RefusedError(f"cannot use fd {fd}: it is not a Unix stream socket")
@@ -194,4 +194,4 @@ def _path_error(attempt: str, path: Path, error: OSError) -> HostError | Refused
         errno.ENOENT: "create its directory first",
         errno.EACCES: "check the directory's permissions",
     }.get(error.errno, "choose another path")
-    return HostError(error.errno, f"cannot {attempt} {path} ({error.strerror}): {advice}")
+    return HostError(error.errno, f"cannot {attempt} {path} ({errno_name(error.errno)}): {advice}")

@@ -17,7 +17,7 @@ from typing import Final, Literal
 
 from pyroute2.netlink.exceptions import NetlinkError
 
-from mpassthru.errors import HostError
+from mpassthru.errors import HostError, errno_name
 from mpassthru.netdev import netdev_family
 
 AF_XDP: Final = 44
@@ -71,7 +71,7 @@ def open_xsk_socket() -> socket.socket:
             errno.EPERM: "run as root, or give the process CAP_NET_RAW",
             errno.EAFNOSUPPORT: "the kernel needs CONFIG_XDP_SOCKETS",
         }.get(number, "see 'mpassthru doctor'")
-        raise HostError(number, f"cannot open an AF_XDP socket ({_errno_name(number)}): {advice}") from error
+        raise HostError(number, f"cannot open an AF_XDP socket ({errno_name(number)}): {advice}") from error
 
 
 def register_umem(sock: socket.socket, memory: mmap.mmap, *, headroom_bytes: int = 0) -> None:
@@ -93,7 +93,7 @@ def register_umem(sock: socket.socket, memory: mmap.mmap, *, headroom_bytes: int
         number = error.errno or 0
         advice = "raise the memlock limit (ulimit -l)" if number == errno.ENOBUFS else "see 'mpassthru doctor'"
         raise HostError(
-            number, f"cannot register {len(memory)} bytes as a UMEM ({_errno_name(number)}): {advice}"
+            number, f"cannot register {len(memory)} bytes as a UMEM ({errno_name(number)}): {advice}"
         ) from error
 
 
@@ -114,7 +114,7 @@ def bind(sock: socket.socket, *, ifindex: int, queue_id: int, mode: Mode) -> Non
     # The socket module has no address format for AF_XDP.
     if _libc.bind(sock.fileno(), address, len(address)):
         number = ctypes.get_errno()
-        raise OSError(number, f"bind ({_errno_name(number)})")
+        raise OSError(number, f"bind ({errno_name(number)})")
 
 
 async def probe_bind(ifname: str, queue_id: int, mode: Mode, *, timeout_s: float = 2.0) -> None:
@@ -181,7 +181,7 @@ async def wait_queue_free(ifname: str, ifindex: int, queue_id: int, *, timeout_s
         raise HostError(
             number or 0,
             f"the kernel still holds {ifname} queue {queue_id} {timeout_s:g} s after its socket was closed "
-            f"({_errno_name(number or 0)}): guest memory stays mapped, as the NIC may write to it; see dmesg",
+            f"({errno_name(number or 0)}): guest memory stays mapped, as the NIC may write to it; see dmesg",
         ) from error
 
 
@@ -196,7 +196,7 @@ def bind_error(ifname: str, queue_id: int, number: int) -> HostError:
         errno.ENOMEM: "the kernel has no memory for the pool; see 'mpassthru doctor' for the cost",
     }.get(number, "see 'mpassthru doctor'")
     return HostError(
-        number, f"cannot bind an AF_XDP socket to {ifname} queue {queue_id} ({_errno_name(number)}): {advice}"
+        number, f"cannot bind an AF_XDP socket to {ifname} queue {queue_id} ({errno_name(number)}): {advice}"
     )
 
 
@@ -225,7 +225,3 @@ def set_ring_sizes(sock: socket.socket, size_descs: int) -> None:
     """Give the socket all four rings, each of `size_descs` descriptors (a power of two)."""
     for ring in (XDP_RX_RING, XDP_TX_RING, XDP_UMEM_FILL_RING, XDP_UMEM_COMPLETION_RING):
         sock.setsockopt(SOL_XDP, ring, size_descs)
-
-
-def _errno_name(number: int) -> str:
-    return errno.errorcode.get(number, f"errno {number}")

@@ -9,7 +9,7 @@ import platform
 import struct
 from typing import Final
 
-from mpassthru.errors import HostError
+from mpassthru.errors import HostError, errno_name
 
 _SYS_BPF: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "loongarch64": 280, "ppc64le": 361, "s390x": 351}
 _BPF_PROG_LOAD: Final = 5
@@ -54,8 +54,8 @@ def check_bpf_load() -> None:
     fd = _libc.syscall(number, _BPF_PROG_LOAD, attributes, _PROG_LOAD.size)
     if fd < 0:
         failed = ctypes.get_errno()
-        name = errno.errorcode.get(failed, str(failed))
         raise HostError(
-            failed, f"cannot load an XDP program ({name}): run as root, or give the process CAP_BPF and CAP_NET_ADMIN"
+            failed,
+            f"cannot load an XDP program ({errno_name(failed)}): run as root, or give the process CAP_BPF and CAP_NET_ADMIN",
         )
     os.close(fd)

@@ -307,7 +307,7 @@ async def _accept_one(path: Path, timeout_s: float) -> socket.socket:
         try:
             listener.bind(str(path))
         except OSError as error:
-            reason = f"cannot listen on {path} ({error.strerror}): is there a guest already, or a socket left behind?"
+            reason = f"cannot listen on {path} ({errno_name(error.errno)}): is there a guest already, or a socket left behind?"
             raise HostError(error.errno or 0, reason) from error
         try:
             listener.listen(1)

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import socket
 
-from mpassthru.errors import HostError, MpassthruError, RefusedError
+from mpassthru.errors import HostError, MpassthruError, RefusedError, errno_name
 from mpassthru.vhost_user.connection import Connection
 from mpassthru.vhost_user.device import Device
 from mpassthru.vhost_user.session import Counters, Session
@@ -44,7 +44,7 @@ class Backend:
             try:
                 sock, _ = await asyncio.get_running_loop().sock_accept(listener)
             except OSError as error:
-                reason = f"cannot accept a front-end on {listener.getsockname()!r} ({error.strerror})"
+                reason = f"cannot accept a front-end on {listener.getsockname()!r} ({errno_name(error.errno)})"
                 raise HostError(error.errno or 0, reason) from error
             try:
                 await self.serve_connection(sock)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
-from mpassthru.errors import HostError, ProtocolError, RefusedError
+from mpassthru.errors import HostError, ProtocolError, RefusedError, errno_name
 from mpassthru.vhost_user.connection import Connection
 from mpassthru.vhost_user.features import ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.memory import MemoryRegion
@@ -61,7 +61,7 @@ class Frontend:
             await asyncio.get_running_loop().sock_connect(sock, str(path))
         except OSError as error:
             sock.close()
-            reason = f"cannot connect to {path} ({error.strerror}): is a back-end listening there?"
+            reason = f"cannot connect to {path} ({errno_name(error.errno)}): is a back-end listening there?"
             raise HostError(error.errno or 0, reason) from error
         except BaseException:
             sock.close()
