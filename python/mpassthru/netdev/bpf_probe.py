@@ -56,6 +56,7 @@ def check_bpf_load() -> None:
         failed = ctypes.get_errno()
         raise HostError(
             failed,
-            f"cannot load an XDP program ({errno_name(failed)}): run as root, or give the process CAP_BPF and CAP_NET_ADMIN",
+            f"cannot load an XDP program ({errno_name(failed)}): "
+            "run as root, or give the process CAP_BPF and CAP_NET_ADMIN",
         )
     os.close(fd)

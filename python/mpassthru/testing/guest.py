@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Self
 
 from mpassthru._core import GuestDriver, GuestRing
-from mpassthru.errors import HostError, RefusedError
+from mpassthru.errors import HostError, RefusedError, errno_name
 from mpassthru.testing.guest_config import GuestConfig, GuestCounters, RxRole, Source
 from mpassthru.vhost_user.features import DeviceStatus, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.frontend import Frontend
@@ -307,7 +307,10 @@ async def _accept_one(path: Path, timeout_s: float) -> socket.socket:
         try:
             listener.bind(str(path))
         except OSError as error:
-            reason = f"cannot listen on {path} ({errno_name(error.errno)}): is there a guest already, or a socket left behind?"
+            reason = (
+                f"cannot listen on {path} ({errno_name(error.errno)}): "
+                "is there a guest already, or a socket left behind?"
+            )
             raise HostError(error.errno or 0, reason) from error
         try:
             listener.listen(1)

@@ -123,7 +123,8 @@ def _become(uid: int | None, gid: int | None) -> None:
     except OSError as error:
         raise HostError(
             error.errno or 0,
-            f"the worker cannot become user {uid} ({errno_name(error.errno)}): give the broker CAP_SETUID and CAP_SETGID",
+            f"the worker cannot become user {uid} ({errno_name(error.errno)}): "
+            "give the broker CAP_SETUID and CAP_SETGID",
         ) from error
     if 0 in os.getresuid():
         raise HostError(
