@@ -106,7 +106,7 @@ def test_queue_that_does_not_exist(veth: Namespace, path: Path) -> None:
 def test_mode_that_cannot_be_had(veth: Namespace, path: Path) -> None:
     line = refused(veth, veth.ifname, "--socket-path", str(path), "--mode", "zero-copy")
 
-    assert f"cannot use zero-copy mode on {veth.ifname}: no zero-copy: veth does not have it" in line
+    assert f"cannot use zero-copy mode on {veth.ifname}: veth has no zero-copy" in line
     assert "--mode auto or copy" in line
     assert_nothing_left(veth, path)
 
