@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import os
 import socket
 from typing import Generic, Literal, TypeVar
@@ -171,11 +172,15 @@ Incoming = TypeVar("Incoming", bound=_Message)
 
 
 class ControlChannel(Generic[Outgoing, Incoming]):
-    """One end of the channel. Sending never blocks; receiving waits on the running asyncio loop."""
+    """One end of the channel. Sending never blocks; receiving waits on the running asyncio loop.
+
+    If the other process does not read, sending fails, whoever sends, and the channel is over for both: `receive` tells.
+    """
 
     def __init__(self, sock: socket.socket, incoming: object) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._failure: ControlError | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
 
@@ -191,7 +196,11 @@ class ControlChannel(Generic[Outgoing, Incoming]):
             self._sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
         except OSError as error:
             name = type(message).__name__
-            raise ControlError(f"cannot send {name} on the control socket ({errno_name(error.errno)})") from error
+            failure = ControlError(f"cannot send {name} on the control socket ({errno_name(error.errno)})")
+            if error.errno == errno.EAGAIN:
+                self._failure = failure
+                self._sock.shutdown(socket.SHUT_RDWR)
+            raise failure from error
 
     async def receive(self) -> tuple[Incoming, list[int]] | None:
         """Wait for the next message.
@@ -200,13 +209,19 @@ class ControlChannel(Generic[Outgoing, Incoming]):
             The message and the fds that came with it, which are the caller's to close; None at end of file.
 
         Raises:
-            ControlError: not a message of this direction, or too large.
+            ControlError: not a message of this direction, or too large; or sending has failed.
         """
+        # There may always be a next message: other tasks get their turn between two.
+        await asyncio.sleep(0)
         while True:
             try:
-                return self._receive_now()
+                received = self._receive_now()
             except BlockingIOError:
                 await self._readable()
+                continue
+            if received is None and self._failure is not None:
+                raise self._failure
+            return received
 
     def close(self) -> None:
         """Close this end; the other one reads end of file."""

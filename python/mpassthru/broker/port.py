@@ -41,6 +41,8 @@ RESTART_FORGET_S = 10.0
 REPORT_TIMEOUT_S = 2.0
 FREE_TIMEOUT_S = 15.0
 """How long a queue may be held after its socket was closed; a NIC whose link has to come back takes seconds."""
+REASONS_MAX = 64
+"""Of bouncing or dropping, in a worker's report: more than there are."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 Say = Callable[[str], None]
@@ -327,8 +329,10 @@ def _with_ipc_lock(configuration: control.Configure, keep: bool) -> control.Conf
 
 
 def _checked(report: DirectionReport) -> DirectionReport:
-    """Refuse reasons that are not plain names: they are shown to the user as they are."""
+    """Refuse reasons that are not plain names, or are too many: they are summed up, and shown as they are."""
     reasons: tuple[Mapping[str, int], ...] = (report.bounced, report.dropped)
+    if any(len(reason) > REASONS_MAX for reason in reasons):
+        raise ControlError(f"the worker reported more than {REASONS_MAX} reasons")
     for name in (name for reason in reasons for name in reason):
         if not _NAME.fullmatch(name):
             raise ControlError("the worker reported a reason that is not a name")

@@ -16,6 +16,7 @@ vhost-user.rst, "Front-end message types".
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -118,6 +119,8 @@ class Session:
             while (message := await self._connection.receive()) is not None:
                 self.counters.messages += 1
                 with message:
+                    # There may always be a next message: other tasks get their turn between two.
+                    await asyncio.sleep(0)
                     await self._handle(message)
         except ConnectionError as error:
             log.debug("front-end gone before it read its reply: %s", error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from mpassthru.report import DirectionReport
 
 Pair = tuple[ControlChannel[BrokerMessage, WorkerMessage], ControlChannel[WorkerMessage, BrokerMessage]]
 
+TIMEOUT_S = 5.0
 CONFIGURATION = control.Configure(
     interface="eth9",
     ifindex=7,
@@ -111,6 +114,33 @@ async def test_peer_that_never_reads_is_an_error_not_a_hang(pair: Pair) -> None:
 
     with pytest.raises(ControlError, match="EAGAIN"):
         fill()
+
+
+async def test_peer_that_never_reads_ends_the_channel_wherever_the_send_failed(pair: Pair) -> None:
+    receiving = asyncio.create_task(pair[0].receive())
+    with contextlib.suppress(ControlError):
+        for _ in range(100_000):
+            pair[0].send(control.ReportWanted())
+
+    with pytest.raises(ControlError, match="EAGAIN"):
+        await asyncio.wait_for(receiving, TIMEOUT_S)
+
+
+async def test_messages_without_end_leave_other_tasks_their_turn(pair: Pair) -> None:
+    for _ in range(50):
+        pair[1].send(control.Ready())
+    turns = 0
+
+    async def receive_all() -> None:
+        for _ in range(50):
+            await pair[0].receive()
+
+    receiving = asyncio.create_task(receive_all())
+    while not receiving.done():
+        await asyncio.sleep(0)
+        turns += 1
+
+    assert turns >= 50
 
 
 async def test_message_of_the_other_direction_is_refused_and_its_descriptors_closed(

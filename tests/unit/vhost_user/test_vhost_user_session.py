@@ -131,6 +131,20 @@ async def test_repeated_owner_and_features_are_accepted() -> None:
         assert device.calls == ["set_features", "set_features"]
 
 
+async def test_messages_without_end_leave_other_tasks_their_turn() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours:
+        ours.sendall(encode_message(Request.VHOST_USER_SET_OWNER, Empty()) * 50)
+        ours.shutdown(socket.SHUT_WR)
+        session = asyncio.create_task(Session(Connection(theirs), FakeDevice()).run())
+        turns = 0
+        while not session.done():
+            await asyncio.sleep(0)
+            turns += 1
+
+    assert turns >= 50
+
+
 async def test_same_features_leave_running_vrings_alone(fd: int, event: int) -> None:
     async with negotiated() as (frontend, device, _, _):
         await frontend.set_mem_table([region(fd)])
