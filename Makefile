@@ -12,7 +12,7 @@ UNPRIVILEGED := $(if $(filter 0,$(shell id -u)),setpriv --bounding-set=-all --in
 IN_MACHINE = mkdir -p build/reports && .venv/bin/python -m mpassthru.testing.zerocopy_machine $$(tools/zerocopy-machine) \
     --share build/reports --
 
-.PHONY: help setup check test test-unit test-netns test-guest test-virtio-user test-zerocopy test-zerocopy-quick demo clean
+.PHONY: help setup check test test-unit test-netns test-guest test-virtio-user test-zerocopy test-zerocopy-quick fuzz demo clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test-zerocopy: setup ## Zero-copy drivers (virtio_net, igb) in a machine of QEMU
 
 test-zerocopy-quick: setup ## The short form of test-zerocopy
 	@$(IN_MACHINE) $(PYTEST) -q -p no:cacheprovider --report build/reports/$@.json -m 'not long' tests/zerocopy
+
+fuzz: setup ## Ten million cases of descriptor rings, one million of vhost-user messages; fuzz/README.md has shorter runs
+	@.venv/bin/python fuzz/run.py
 
 demo: setup ## Real traffic through a port, with the built-in guest; GUEST=qemu for a Linux guest (root)
 	@$(if $(filter qemu,$(GUEST)),tools/guest-kernel >/dev/null)

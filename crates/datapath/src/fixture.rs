@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use mpassthru_testing::driver::{RingLayout, SplitDriver};
 use mpassthru_testing::memory::{self as vmm, RegionConfig};
+#[cfg(test)]
 use proptest::test_runner::Config;
 
 use crate::fd::EventFd;
@@ -17,6 +18,7 @@ pub const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
 pub const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
 pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
 
+#[cfg(test)]
 /// Settings of a property test: this many cases; a failing one is kept as a test of its own, not as a file.
 pub fn cases(count: u32) -> Config {
     Config { cases: count, failure_persistence: None, max_shrink_iters: 4096, ..Config::default() }

@@ -8,8 +8,16 @@
 pub mod engine;
 pub mod error;
 pub mod fd;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+// For tests and fuzzing: what cannot be made ends them.
+#[allow(clippy::unwrap_used, missing_docs, dead_code)]
 mod fixture;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing {
+    //! Cases for the fuzzers of `fuzz/`.
+
+    pub use crate::pump::fuzz::{racing_ring_case, ring_case};
+}
 pub mod guest_memory;
 pub mod pump;
 pub mod stats;

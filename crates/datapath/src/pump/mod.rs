@@ -17,6 +17,8 @@ mod wait;
 
 pub(crate) use command::CommandQueue;
 pub use command::{Command, Completion, Event, EventQueue};
+#[cfg(feature = "fuzzing")]
+pub(crate) use run::fuzz;
 pub(crate) use run::{Pump, PumpView};
 pub(crate) use slab::slab_bytes;
 pub use vring::VringConfig;

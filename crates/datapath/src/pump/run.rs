@@ -73,6 +73,7 @@ pub(crate) struct Pump {
     reported_errno: Option<i32>,
     /// Queues that were kicked while all zero, and were reported.
     kicked_empty: [bool; 2],
+    drain_deadline: Duration,
 }
 
 impl Pump {
@@ -99,6 +100,7 @@ impl Pump {
             tx_counts: Counts::default(),
             reported_errno: None,
             kicked_empty: [false; 2],
+            drain_deadline: DRAIN_DEADLINE,
         }
     }
 
@@ -332,7 +334,7 @@ impl Pump {
 
     /// Waits, for a limited time, until the kernel has sent what it was given.
     fn drain(&mut self) {
-        let (Some(xsk), deadline) = (&mut self.xsk, Instant::now() + DRAIN_DEADLINE) else { return };
+        let (Some(xsk), deadline) = (&mut self.xsk, Instant::now() + self.drain_deadline) else { return };
         while !self.flight.is_empty() && Instant::now() < deadline {
             let refused = xsk.tx_pending() > 0 && xsk.tx_wakeup().is_err_and(|errno| errno != libc::EAGAIN);
             let tx = &mut self.tx;
@@ -436,5 +438,7 @@ impl Pump {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -75,6 +75,12 @@ impl TxInFlight {
         self.pieces.len() == 0
     }
 
+    /// Number of bounce frames that nobody has.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn free_slab_frames(&self) -> usize {
+        crate::pump::slab::SLAB_FRAMES - self.slab.used()
+    }
+
     fn key(&self, addr: UmemAddr) -> UmemAddr {
         UmemAddr(addr.0 & self.key_mask)
     }

@@ -7,7 +7,9 @@
 mod ring;
 mod rules;
 mod socket;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+// A model, for tests and fuzzing: what it cannot do ends it.
+#[allow(clippy::unwrap_used, missing_docs, dead_code)]
 pub(crate) mod test_kernel;
 #[cfg(test)]
 mod tests;

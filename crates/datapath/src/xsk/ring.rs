@@ -176,7 +176,7 @@ impl<T: Copy> Consumer<T> {
 }
 
 /// What only the kernel does; see `test_kernel`.
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 impl<T: Copy> Consumer<T> {
     /// Takes back the reading of the `count` entries read last.
     pub fn unread(&mut self, count: u32) {
@@ -196,7 +196,7 @@ impl<T: Copy> Consumer<T> {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 impl<T: Copy> Producer<T> {
     /// As if `index` entries had gone through already.
     pub fn start_at(&mut self, index: u32) {

@@ -200,6 +200,32 @@ impl TestKernel {
         frame
     }
 
+    /// The socket closes: whatever either side had is forgotten, and the rings are as good as new for the next one.
+    pub fn close(&mut self, xsk: &mut XskSocket) {
+        while self.fill.peek() > 0 {
+            self.fill.read();
+            self.fill.release();
+        }
+        while self.tx.peek() > 0 {
+            self.tx.read();
+            self.tx.release();
+        }
+        while xsk.rx_peek() > 0 {
+            xsk.rx_read();
+            xsk.rx_release();
+        }
+        while xsk.completion_peek() > 0 {
+            xsk.completion_read();
+            xsk.completion_release();
+        }
+        self.free_list.clear();
+        self.sending.clear();
+        self.tx.set_needs_wakeup(false);
+        self.fill.set_needs_wakeup(false);
+        messages(&self.wakeups);
+        messages(&self.socket);
+    }
+
     /// Asks to be woken for the tx ring, or not to be.
     pub fn ask_for_tx_wakeup(&self, on: bool) {
         self.tx.set_needs_wakeup(on);
