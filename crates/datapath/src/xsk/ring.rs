@@ -190,6 +190,7 @@ impl<T: Copy> Consumer<T> {
     }
 
     /// As if `index` entries had gone through already.
+    #[cfg(test)]
     pub fn start_at(&mut self, index: u32) {
         self.next = index;
         self.release();
@@ -199,6 +200,7 @@ impl<T: Copy> Consumer<T> {
 #[cfg(any(test, feature = "fuzzing"))]
 impl<T: Copy> Producer<T> {
     /// As if `index` entries had gone through already.
+    #[cfg(test)]
     pub fn start_at(&mut self, index: u32) {
         (self.next, self.consumed) = (index, index);
         self.submit();

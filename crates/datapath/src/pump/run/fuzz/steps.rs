@@ -78,6 +78,7 @@ impl Case<'_> {
             20 => self.poke(),
             21..=27 => {
                 self.observe(|pump| pump.work());
+                self.check_reads();
                 Ok(())
             }
             28 => {
@@ -251,13 +252,16 @@ impl Case<'_> {
         let choice = self.byte()?;
         let fine = u64::from(self.bytes.arbitrary::<u16>()?);
         let edges = plan.edges();
-        Ok(match choice {
-            0..=199 => plan.buffers_at() + fine % 0x5c00,
+        self.last_address = match choice {
+            0..=179 => plan.buffers_at() + fine % 0x5c00,
+            // The same memory again, or a neighbour that some completions cannot be told from.
+            180..=199 => self.last_address ^ fine & 1,
             200..=229 => edges[usize::from(choice) % 5].saturating_sub(fine % (u64::from(len).min(0x2000) + 2)),
             230..=249 => edges[3] + fine % 0x1c00,
             250..=252 => fine * 4,
             _ => self.bytes.arbitrary()?,
-        })
+        };
+        Ok(self.last_address)
     }
 
     fn publish(&mut self, ring: &Ring, head: u16) {
@@ -413,7 +417,6 @@ impl Case<'_> {
     fn send(&mut self) -> Result<()> {
         let budget = if self.rarely(2)? { usize::MAX } else { usize::from(self.byte()?) };
         self.while_attached(|case| {
-            case.check_reads();
             case.world.kernel.send(budget);
         });
         Ok(())
