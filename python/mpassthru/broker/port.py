@@ -66,7 +66,7 @@ class Port:
         stopping: Set to end the port; `stop` sets it.
         say: Called with one line for each thing the user should know.
         start_worker: Makes a worker process; tests pass their own.
-        new_socket: Makes an AF_XDP socket; tests pass their own.
+        new_socket: Makes an AF_XDP socket for an interface; tests pass their own.
         wait_free: Waits until the kernel has let go of a queue; tests pass their own.
     """
 
@@ -80,7 +80,7 @@ class Port:
         once: bool = False,
         stopping: asyncio.Event | None = None,
         start_worker: Callable[[], WorkerProcess] = WorkerProcess,
-        new_socket: Callable[[], socket.socket] = create_socket,
+        new_socket: Callable[[int], socket.socket] = create_socket,
         wait_free: WaitQueueFree = wait_queue_free,
     ) -> None:
         self.status = PortStatus()
@@ -254,7 +254,7 @@ class Port:
         self._queue_id(queue_pair)
         self._forget_socket(queue_pair)
         try:
-            sock = self._new_socket()
+            sock = self._new_socket(self._configuration.ifindex)
         except HostError as error:
             worker.channel.send(control.SocketRefused(queue_pair=queue_pair, errno=error.errno or 0, error=str(error)))
             return

@@ -140,7 +140,8 @@ async def harness(*, once: bool = False, may_raise_memlock: bool = True) -> Asyn
         workers.put_nowait(worker)
         return cast(WorkerProcess, worker)
 
-    def new_socket() -> socket.socket:
+    def new_socket(ifindex: int) -> socket.socket:
+        assert ifindex == CONFIGURATION.ifindex
         made.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         return made[-1]
 
