@@ -18,7 +18,8 @@ PROGRAM = """
 import os, socket, sys
 from mpassthru.worker import privileges
 privileges.drop(parent_pid=os.getppid(), uid=65534, gid=65534)
-sock = socket.socket(fileno=int(sys.argv[1]))
+AF_XDP = 44
+sock = socket.socket(AF_XDP, socket.SOCK_RAW, 0, fileno=int(sys.argv[1]))
 SO_BINDTOIFINDEX = 62
 for option, value in ((SO_BINDTOIFINDEX, 0), (SO_BINDTOIFINDEX, 1), (socket.SO_BINDTODEVICE, b"lo")):
     try:
