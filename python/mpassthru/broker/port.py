@@ -298,6 +298,8 @@ class Port:
         if error is not None:
             self._trouble(f"session ended: {printable(error)}")
         if state == "waiting":
+            # One that was never bound would keep the memory that is registered on it pinned.
+            self._drop_sockets()
             self._idle.set()
 
     def _queue_id(self, queue_pair: int) -> int:

@@ -19,7 +19,7 @@ from typing import Final
 
 from mpassthru import _core
 from mpassthru.control import Configure
-from mpassthru.errors import HostError, RefusedError
+from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.rules import LINUX_BUFFER_ROOM_BYTES, ZeroCopyRules
 from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.device import Vring
@@ -133,21 +133,11 @@ class PortDevice:
         await self._attach_socket(index // 2)
         first = not self._running
         self._running[index] = vring  # before the engine knows of it: a start that is cancelled is followed by a stop
-        await self._engine.start_vring(
-            index,
-            _core.VringConfig(
-                size=vring.size,
-                base=vring.base,
-                desc_user_address=vring.desc_user_address,
-                avail_user_address=vring.avail_user_address,
-                used_user_address=vring.used_user_address,
-                features=vring.features,
-                enabled=vring.enabled,
-                kick_fd=vring.kick_fd,
-                call_fd=vring.call_fd,
-                err_fd=vring.err_fd,
-            ),
-        )
+        try:
+            await self._engine.start_vring(index, vring_config(vring))
+        except MpassthruError:
+            del self._running[index]
+            raise
         if first:
             self._on_running()
 
@@ -267,11 +257,14 @@ class PortDevice:
                 return
             # A new socket gives the buffers of the one before back to their virtqueues.
             await self._prove_free(queue_pair)
-            zero_copy = await self._bind_socket(queue_pair)
             try:
+                zero_copy = await self._bind_socket(queue_pair)
                 await self._sockets.bound(queue_pair, "zero-copy" if zero_copy else "copy")
             except BaseException:
-                await self._detach_socket(queue_pair)
+                if self._engine.socket_attached(queue_pair):
+                    await self._detach_socket(queue_pair)
+                # The broker's copy would keep the socket, and with it all of guest memory pinned.
+                self._sockets.released(queue_pair)
                 raise
 
     async def _bind_socket(self, queue_pair: int) -> bool:
@@ -292,6 +285,22 @@ class PortDevice:
             frame_max_bytes=rules.frame_room_bytes if rules else self._configuration.frame_max_bytes,
             zero_copy_rules=core_rules(rules) if rules else None,
         )
+
+
+def vring_config(vring: Vring) -> _core.VringConfig:
+    """A virtqueue as the engine takes it."""
+    return _core.VringConfig(
+        size=vring.size,
+        base=vring.base,
+        desc_user_address=vring.desc_user_address,
+        avail_user_address=vring.avail_user_address,
+        used_user_address=vring.used_user_address,
+        features=vring.features,
+        enabled=vring.enabled,
+        kick_fd=vring.kick_fd,
+        call_fd=vring.call_fd,
+        err_fd=vring.err_fd,
+    )
 
 
 def wants_longer_buffers(rules: ZeroCopyRules | None) -> bool:

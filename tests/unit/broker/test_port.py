@@ -229,6 +229,18 @@ async def test_bound_socket_is_steered_to_and_the_brokers_copy_closed() -> None:
         assert h.port.status.mode == "copy"
 
 
+async def test_socket_that_was_never_bound_is_closed_with_its_session() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        worker.far.send(control.SocketWanted(queue_pair=0))
+        _, fds = await worker.expect(control.SocketGranted)
+        control.close_fds(fds)
+        worker.far.send(control.SessionChanged(state="waiting", error="cannot bind"))
+        await h.until("cannot bind")
+
+        assert h.made_sockets[0].fileno() == -1, "an open copy keeps guest memory pinned"
+
+
 async def test_released_socket_leaves_the_xskmap() -> None:
     async with harness() as h:
         worker = await h.worker()

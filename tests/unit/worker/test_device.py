@@ -14,7 +14,7 @@ from fake_engine import FakeEngine
 
 from mpassthru import control
 from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage
-from mpassthru.errors import HostError, RefusedError
+from mpassthru.errors import HostError, QueueFault, RefusedError
 from mpassthru.vhost_user import MemoryRegion, VirtioFeature
 from mpassthru.vhost_user.device import Vring
 from mpassthru.worker import device as device_module
@@ -22,6 +22,7 @@ from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.device import PortDevice, check_memlock, rarp_frame
 from mpassthru.worker.socket_client import SocketClient
 
+TIMEOUT_S = 5.0
 MAC = bytes.fromhex("525400123456")
 VRING = Vring(
     size=256,
@@ -97,8 +98,9 @@ async def bench() -> AsyncIterator[Bench]:
 
 
 async def heard(bench: Bench, *names: str) -> None:
-    while bench.heard != list(names):  # noqa: ASYNC110 - a list wakes nobody
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(TIMEOUT_S):
+        while bench.heard != list(names):  # noqa: ASYNC110 - a list wakes nobody
+            await asyncio.sleep(0.001)
 
 
 async def test_first_vring_of_a_pair_brings_a_socket_that_is_steered_to_before_the_start(bench: Bench) -> None:
@@ -126,6 +128,39 @@ async def test_bind_error_ends_the_start_with_its_errno(bench: Bench) -> None:
     assert bench.engine.calls == ["attach 0"]
 
 
+async def test_socket_that_cannot_be_bound_is_given_back_by_the_broker_too(bench: Bench) -> None:
+    bench.engine.attach_errors = [HostError(16, "another socket owns this queue")]
+
+    with pytest.raises(HostError):
+        await bench.device.start_vring(0, VRING)
+
+    await heard(bench, "SocketWanted", "SocketReleased")
+
+
+async def test_start_that_is_cancelled_while_binding_gives_the_socket_back(bench: Bench) -> None:
+    bench.engine.held = {"attach"}
+    starting = asyncio.create_task(bench.device.start_vring(0, VRING))
+    while "attach 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    bench.engine.attached.clear()
+
+    starting.cancel()
+
+    await heard(bench, "SocketWanted", "SocketReleased")
+
+
+async def test_start_that_failed_leaves_nothing_running(bench: Bench) -> None:
+    bench.engine.start_errors = [QueueFault("ring outside memory")]
+    with pytest.raises(QueueFault):
+        await bench.device.start_vring(0, VRING)
+    assert bench.notices == []
+    assert not bench.device.looks_unshared()
+
+    await bench.device.start_vring(0, VRING)
+
+    assert bench.notices == ["running"]
+
+
 async def test_socket_that_cannot_be_steered_to_is_given_back(bench: Bench) -> None:
     bench.refuse = control.SocketRefused(queue_pair=0, errno=0, error="no slot")
 
@@ -133,6 +168,7 @@ async def test_socket_that_cannot_be_steered_to_is_given_back(bench: Bench) -> N
         await bench.device.start_vring(0, VRING)
 
     assert bench.engine.calls == ["attach 0", "detach 0"]
+    await heard(bench, "SocketWanted", "SocketBound", "SocketReleased")
 
 
 async def test_stop_returns_the_base_and_keeps_the_socket_where_the_engine_does(bench: Bench) -> None:
