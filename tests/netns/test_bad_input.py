@@ -297,7 +297,7 @@ async def test_memlock_limit_too_small(veth: Namespace, path: Path) -> None:
         with pytest.raises(Exception, match=r"SET_MEM_TABLE|closed|refused"):
             async with BuiltinGuest.connect(path, GuestConfig(regions=(Region(size_bytes=64 << 20),))):
                 pytest.fail("the port took more memory than it may lock")
-        line = await port.until_said("cannot pin 64 MiB of guest memory")
+        line = await port.until_said("cannot pin 69 MiB")
 
     assert "the memlock limit is 8 MiB" in line
     assert "ulimit -l" in line

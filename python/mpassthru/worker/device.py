@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import resource
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -24,7 +23,7 @@ from mpassthru.rules import LINUX_BUFFER_ROOM_BYTES, ZeroCopyRules
 from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.device import Vring
 from mpassthru.worker.async_engine import AsyncEngine
-from mpassthru.worker.privileges import CAP_IPC_LOCK, effective_capabilities
+from mpassthru.worker.memlock import check_memlock, pinned_bytes
 from mpassthru.worker.socket_client import SocketClient
 
 FRAME_MIN_BYTES: Final = 60
@@ -108,7 +107,8 @@ class PortDevice:
         """
         await self._detach_sockets()
         self._regions = ()
-        check_memlock(sum(region.size_bytes for region in regions))
+        if regions:
+            check_memlock(pinned_bytes(regions, self.queue_pairs_max))
         self._engine.map_memory(
             [
                 _core.MemoryRegion(
@@ -325,27 +325,6 @@ def core_rules(rules: ZeroCopyRules) -> _core.ZeroCopyRules:
         tx_pieces_max=rules.tx_pieces_max,
         contiguity=rules.contiguity,
     )
-
-
-def check_memlock(memory_bytes: int) -> None:
-    """Refuse memory that may not be locked, before anything is pinned.
-
-    Raises:
-        RefusedError: the limit is too small and CAP_IPC_LOCK is missing.
-    """
-    limit_bytes = memlock_limit_bytes()
-    if limit_bytes == resource.RLIM_INFINITY or memory_bytes <= limit_bytes:
-        return
-    if CAP_IPC_LOCK not in effective_capabilities():
-        raise RefusedError(
-            f"cannot pin {memory_bytes >> 20} MiB of guest memory: the memlock limit is {limit_bytes >> 20} MiB; "
-            "raise it (ulimit -l unlimited, LimitMEMLOCK=infinity) or give the broker CAP_SYS_RESOURCE or CAP_IPC_LOCK"
-        )
-
-
-def memlock_limit_bytes() -> int:
-    """How much this process may lock; RLIM_INFINITY without a limit."""
-    return resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
 
 
 def rarp_frame(mac: bytes) -> bytes:

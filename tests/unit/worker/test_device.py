@@ -19,7 +19,7 @@ from mpassthru.vhost_user import MemoryRegion, VirtioFeature
 from mpassthru.vhost_user.device import Vring
 from mpassthru.worker import device as device_module
 from mpassthru.worker.async_engine import AsyncEngine
-from mpassthru.worker.device import PortDevice, check_memlock, rarp_frame
+from mpassthru.worker.device import PortDevice, rarp_frame
 from mpassthru.worker.socket_client import SocketClient
 
 TIMEOUT_S = 5.0
@@ -268,19 +268,3 @@ def test_multiqueue_is_offered_only_with_several_queues() -> None:
 )
 def test_what_is_not_built_is_not_offered(feature: str) -> None:
     assert not device_module.FEATURES & VirtioFeature[feature]
-
-
-def test_memory_beyond_the_memlock_limit_is_refused_before_anything_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "memlock_limit_bytes", lambda: 8 << 20)
-    monkeypatch.setattr(device_module, "effective_capabilities", set[int])
-
-    check_memlock(8 << 20)
-    with pytest.raises(RefusedError, match="cannot pin 64 MiB of guest memory: the memlock limit is 8 MiB"):
-        check_memlock(64 << 20)
-
-
-def test_memory_beyond_the_memlock_limit_is_fine_with_ipc_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "memlock_limit_bytes", lambda: 8 << 20)
-    monkeypatch.setattr(device_module, "effective_capabilities", lambda: {14})
-
-    check_memlock(1 << 40)
