@@ -8,6 +8,7 @@ nothing more is given away by not copying.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -80,20 +81,39 @@ def describe(rules: ZeroCopyRules, options: ZeroCopyOptions | None = None) -> st
     )
 
 
-async def refuse_unbindable(interface: Interface, queue_ids: tuple[int, ...]) -> None:
+async def refuse_unbindable(
+    interface: Interface, queue_ids: tuple[int, ...], xdp_mode: Literal["native", "generic"]
+) -> None:
     """Find out, before any guest comes, whether the driver takes a zero-copy socket on these queues.
 
     Raises:
         HostError: it does not, or a queue is taken.
     """
+    if xdp_mode == "generic":
+        reason = f"cannot use zero-copy mode on {interface.name}: the XDP program is not in its driver; use --mode copy"
+        raise HostError(errno.EOPNOTSUPP, reason)
     for queue_id in queue_ids:
         await probe_bind(interface.name, queue_id, "zero-copy")
 
 
 async def confirmed(
-    rules: ZeroCopyRules | None, mode: Mode, interface: Interface, queue_ids: tuple[int, ...], view: Say
+    rules: ZeroCopyRules | None,
+    mode: Mode,
+    interface: Interface,
+    queue_ids: tuple[int, ...],
+    view: Say,
+    *,
+    xdp_mode: Literal["native", "generic"],
 ) -> ZeroCopyRules | None:
     """The rules, if the driver takes a zero-copy socket now; None if it does not and the mode was left to us.
+
+    Args:
+        rules: As chosen before anything was changed.
+        mode: What was asked for.
+        interface: With the XDP program attached.
+        queue_ids: Of the port.
+        view: Told about a change of mind.
+        xdp_mode: How the program came to be attached; a NIC in zero-copy mode never gets as far as generic XDP.
 
     Raises:
         HostError: zero-copy was forced and the driver does not take it.
@@ -101,7 +121,7 @@ async def confirmed(
     if rules is None:
         return None
     try:
-        await refuse_unbindable(interface, queue_ids)
+        await refuse_unbindable(interface, queue_ids, xdp_mode)
     except HostError as error:
         if mode == "zero-copy":
             raise
