@@ -191,7 +191,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
             )
         undo.enter_context(receive_for_guest(interface.name, interface.ifindex, options.steer.mac))
         # Only now: Intel's drivers take a zero-copy socket once an XDP program is there.
-        rules = await confirmed(rules, options.mode, interface, queue_ids, view)
+        rules = await confirmed(rules, options.mode, interface, queue_ids, view, xdp_mode=xdp_mode)
         yield Attached(
             interface,
             xdp_mode,
