@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -38,7 +38,8 @@ class PlayedWorker:
     pid = 4711
     exit_text = "was killed by SIGKILL"
 
-    def __init__(self, *, may_raise_memlock: bool = True) -> None:
+    def __init__(self, say: Callable[[str], None], *, may_raise_memlock: bool = True) -> None:
+        self.say = say
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = control.broker_channel(ours)
         self.far: ControlChannel[WorkerMessage, BrokerMessage] = control.worker_channel(theirs)
@@ -134,8 +135,8 @@ async def harness(*, once: bool = False, may_raise_memlock: bool = True) -> Asyn
 
     started: list[PlayedWorker] = []
 
-    def start_worker() -> WorkerProcess:
-        worker = PlayedWorker(may_raise_memlock=may_raise_memlock)
+    def start_worker(say: Callable[[str], None]) -> WorkerProcess:
+        worker = PlayedWorker(say, may_raise_memlock=may_raise_memlock)
         started.append(worker)
         workers.put_nowait(worker)
         return cast(WorkerProcess, worker)
@@ -372,3 +373,11 @@ async def test_fault_is_counted_and_its_words_are_made_printable() -> None:
         await h.until("virtqueue 1 was stopped, for the guest broke it: loop [31m forged line")
 
         assert h.port.status.faults == 1
+
+
+async def test_workers_stderr_is_said_printable() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        worker.say("panicked at \x1b]0;forged title\x07")
+
+        await h.until("worker: panicked at  ]0;forged title ")
