@@ -2,7 +2,8 @@
 
 A queue pair gets its AF_XDP socket when its first virtqueue starts, for only then is the guest's memory known and
 wanted; it loses it when buffers have to be taken back from the kernel (an rx virtqueue stops), or when the memory map
-changes. The engine decides about buffers; this module decides about order: memory, socket, steering, virtqueue.
+changes. A virtqueue that goes on without the other one of its pair gets a new one. The engine decides about buffers;
+this module decides about order: memory, socket, steering, virtqueue.
 
 In zero-copy mode a NIC writes to the guest's buffers for some 40 ms after the socket was closed. So nobody is told that
 a virtqueue has stopped, and no memory is unmapped, before the broker has seen the hardware queue free.
@@ -31,6 +32,10 @@ ETHERTYPE_RARP: Final = 0x8035
 DESCRIPTOR_BYTES: Final = 16
 AVAIL_HEADER_BYTES: Final = 4
 """VIRTIO 1.3 sections 2.7.5 and 2.7.6."""
+
+ATTACH_AGAIN_AFTER_S: Final = 0.2
+"""How long a virtqueue may be without socket after the other one of its pair was stopped. A front-end that stops all of
+them does so one after the other, and would have guest memory pinned anew in between for nothing."""
 
 FEATURES: Final = (
     VirtioFeature.VIRTIO_F_VERSION_1
@@ -94,6 +99,7 @@ class PortDevice:
         self._attaching = [asyncio.Lock() for _ in configuration.queue_ids]
         self._unproven: set[int] = set()
         """Queue pairs whose last zero-copy socket is closed, and whose hardware queue was not seen free since."""
+        self._attaching_again: set[asyncio.Task[None]] = set()
 
     async def set_features(self, features: int) -> None:
         """Nothing to do: each virtqueue brings the features it runs with."""
@@ -157,7 +163,12 @@ class PortDevice:
                 raise
         # The kernel has buffers of it; only closing the socket brings them back.
         await self.give_up_socket(index // 2)
-        return await self._engine.stop_vring(index)
+        base = await self._engine.stop_vring(index)
+        if index ^ 1 in self._running:
+            again = asyncio.create_task(self._attach_again(index // 2))
+            self._attaching_again.add(again)
+            again.add_done_callback(self._attaching_again.discard)
+        return base
 
     async def set_vring_enabled(self, index: int, enabled: bool) -> None:
         """Let a started virtqueue move frames, or not."""
@@ -251,9 +262,19 @@ class PortDevice:
         for queue_pair in range(self.queue_pairs_max):
             await self.give_up_socket(queue_pair)
 
-    async def _attach_socket(self, queue_pair: int) -> None:
+    async def _attach_again(self, queue_pair: int) -> None:
+        """Give what still runs of a queue pair a new socket."""
+        await asyncio.sleep(ATTACH_AGAIN_AFTER_S)
+        try:
+            await self._attach_socket(queue_pair, for_running=True)
+        except MpassthruError as error:
+            self._notice(f"queue pair {queue_pair} stands still until a virtqueue of it starts: {error}")
+
+    async def _attach_socket(self, queue_pair: int, *, for_running: bool = False) -> None:
         async with self._attaching[queue_pair]:
             if self._engine.socket_attached(queue_pair):
+                return
+            if for_running and not self._running.keys() & {2 * queue_pair, 2 * queue_pair + 1}:
                 return
             # A new socket gives the buffers of the one before back to their virtqueues.
             await self._prove_free(queue_pair)

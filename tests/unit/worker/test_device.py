@@ -189,6 +189,52 @@ async def test_stop_of_a_queue_with_buffers_in_the_kernel_closes_the_socket_firs
     await heard(bench, "SocketWanted", "SocketBound", "SocketReleased")
 
 
+@pytest.fixture
+def _attached_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "ATTACH_AGAIN_AFTER_S", 0.001)
+
+
+@pytest.mark.usefixtures("_attached_again_at_once")
+async def test_virtqueue_whose_pair_lost_its_socket_gets_a_new_one(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    await bench.device.start_vring(1, VRING)
+    bench.engine.kernel_has_buffers = True
+
+    await bench.device.stop_vring(0)
+
+    await heard(bench, "SocketWanted", "SocketBound", "SocketReleased", "SocketWanted", "SocketBound")
+    assert bench.engine.calls[-3:] == ["detach 0", "stop 0", "attach 0"]
+
+
+@pytest.mark.usefixtures("_attached_again_at_once")
+async def test_virtqueue_that_cannot_have_a_new_socket_is_told_of(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    await bench.device.start_vring(1, VRING)
+    bench.engine.kernel_has_buffers = True
+    bench.engine.attach_errors = [HostError(16, "another socket owns this queue")]
+
+    await bench.device.stop_vring(0)
+
+    await heard(bench, "SocketWanted", "SocketBound", "SocketReleased", "SocketWanted", "SocketReleased")
+    assert (
+        bench.notices[-1] == "queue pair 0 stands still until a virtqueue of it starts: another socket owns this queue"
+    )
+
+
+@pytest.mark.usefixtures("_attached_again_at_once")
+async def test_no_new_socket_for_a_pair_that_was_stopped_as_a_whole(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    await bench.device.start_vring(1, VRING)
+    bench.engine.kernel_has_buffers = True
+    others = asyncio.all_tasks()
+
+    await bench.device.stop_vring(0)
+    await bench.device.stop_vring(1)
+    await asyncio.gather(*asyncio.all_tasks() - others)
+
+    assert bench.engine.calls.count("attach 0") == 1
+
+
 async def test_stop_after_a_start_that_was_cancelled_early_does_not_reach_the_engine(bench: Bench) -> None:
     bench.engine.held = {"attach"}
     starting = asyncio.create_task(bench.device.start_vring(0, VRING))
