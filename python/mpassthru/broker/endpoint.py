@@ -11,12 +11,12 @@ import errno
 import os
 import select
 import socket
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from mpassthru.broker.stale_socket import stale_removed
 from mpassthru.errors import HostError, RefusedError, errno_name
 
 CONNECT_RETRY_S = 0.25
@@ -80,9 +80,10 @@ class ListeningEndpoint:
 
     def close(self) -> None:
         """Close the socket and remove its path, unless somebody has put another one there."""
-        self._sock.close()
+        # Before it is closed, while nobody may take the path over, nor its inode's number be given to another.
         if _identity(self._path) == self._identity:
             self._path.unlink(missing_ok=True)
+        self._sock.close()
 
 
 class ConnectingEndpoint:
@@ -188,8 +189,8 @@ def _bind(path: Path, access: SocketAccess) -> socket.socket:
         try:
             _try_bind(sock, path, access.mode)
         except _AddressInUse:
-            _remove_stale(path)
-            _try_bind(sock, path, access.mode)
+            with stale_removed(path):
+                _try_bind(sock, path, access.mode)
         _give_away(path, access)
     except _AddressInUse as error:
         sock.close()
@@ -228,18 +229,6 @@ def _give_away(path: Path, access: SocketAccess) -> None:
             f"cannot give {path} to {access.uid}:{access.gid} ({errno_name(error.errno)}): "
             "run as root, or leave --socket-owner out",
         ) from error
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on (its owner was killed); refuse to touch anything else."""
-    if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise RefusedError(f"cannot listen on {path}: it exists and is not a socket; remove it or choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        result = probe.connect_ex(str(path))
-    if result != errno.ECONNREFUSED:
-        raise RefusedError(f"cannot listen on {path}: the socket path is taken by a running process; choose another")
-    path.unlink(missing_ok=True)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -97,6 +97,16 @@ def test_path_of_a_living_process_is_refused_and_left_alone(path: Path) -> None:
         connect(path).close()
 
 
+async def test_second_port_on_a_path_is_no_frontend_of_the_first(path: Path) -> None:
+    endpoint = ListeningEndpoint(path)
+    with pytest.raises(RefusedError, match="taken by a running process"):
+        ListeningEndpoint(path)
+
+    assert not endpoint.somebody_waits()
+
+    endpoint.close()
+
+
 def test_path_of_a_file_is_refused_and_left_alone(path: Path) -> None:
     path.write_text("precious")
 
