@@ -68,13 +68,13 @@ class ZeroCopyPort:
     @asynccontextmanager
     async def stay(self, config: GuestConfig) -> AsyncIterator[Stay]:
         """A guest for the length of a block; at its end the virtqueues are stopped and the books are closed."""
-        before = await self._figures()
+        before = await self.figures()
         async with BuiltinGuest.connect(self.socket_path, config, timeout_s=30) as guest:
             stay = Stay(guest)
             yield stay
             await guest.stop()
             assert guest.violations() == {}
-            stay.rx, stay.tx = (difference(now, then) for now, then in zip(await self._figures(), before, strict=True))
+            stay.rx, stay.tx = (difference(now, then) for now, then in zip(await self.figures(), before, strict=True))
 
     def new_seed(self) -> int:
         """A stream that nothing has seen yet."""
@@ -104,7 +104,7 @@ class ZeroCopyPort:
         after = await self.peer.wait_for(lambda c: c.check_good >= good, deadline_s=10 + count / 500)
         assert after.check_corrupt == after.check_missing == after.check_duplicate == 0, after
 
-    async def _figures(self) -> tuple[DirectionReport, DirectionReport]:
+    async def figures(self) -> tuple[DirectionReport, DirectionReport]:
         """The port's figures of now: those printed next may be of a moment ago, the ones after are not."""
         await self.attached.news()
         await self.attached.news()
