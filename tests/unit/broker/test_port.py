@@ -14,7 +14,7 @@ import pytest
 
 from mpassthru import control
 from mpassthru.broker import port as port_module
-from mpassthru.broker.port import Port
+from mpassthru.broker.port import Port, WaitQueueFree
 from mpassthru.broker.worker_process import WorkerProcess
 from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage
 from mpassthru.errors import HostError
@@ -126,8 +126,14 @@ class Harness:
                 await asyncio.sleep(0.001)
 
 
+async def free_at_once(ifname: str, ifindex: int, queue_id: int, *, timeout_s: float) -> None:
+    """Nothing to wait for."""
+
+
 @contextlib.asynccontextmanager
-async def harness(*, once: bool = False, may_raise_memlock: bool = True) -> AsyncIterator[Harness]:
+async def harness(
+    *, once: bool = False, may_raise_memlock: bool = True, wait_free: WaitQueueFree = free_at_once
+) -> AsyncIterator[Harness]:
     workers: asyncio.Queue[PlayedWorker] = asyncio.Queue()
     lines: list[str] = []
     made: list[socket.socket] = []
@@ -154,6 +160,7 @@ async def harness(*, once: bool = False, may_raise_memlock: bool = True) -> Asyn
         once=once,
         start_worker=start_worker,
         new_socket=new_socket,
+        wait_free=wait_free,
     )
     running = asyncio.create_task(port.run())
     try:
@@ -252,6 +259,38 @@ async def test_released_socket_leaves_the_xskmap() -> None:
 
         assert h.steering.slots == {}
         assert h.port.status.mode == "detached"
+
+
+async def test_worker_that_asks_is_told_when_the_queue_is_free() -> None:
+    free = asyncio.Event()
+    asked: list[tuple[str, int, int]] = []
+
+    async def wait_free(ifname: str, ifindex: int, queue_id: int, *, timeout_s: float) -> None:
+        asked.append((ifname, ifindex, queue_id))
+        await asyncio.wait_for(free.wait(), timeout_s)
+
+    async with harness(wait_free=wait_free) as h:
+        worker = await h.worker()
+        worker.far.send(control.SocketReleased(queue_pair=1, await_free=True))
+        worker.far.send(control.Notice(text="released"))
+        await h.until("released")
+        assert asked == [("eth9", 7, 4)]
+        free.set()
+
+        freed, _ = await worker.expect(control.SocketFreed)
+        assert freed.queue_pair == 1
+
+
+async def test_queue_that_stays_taken_is_told_of_with_the_reason() -> None:
+    async def wait_free(ifname: str, ifindex: int, queue_id: int, *, timeout_s: float) -> None:
+        raise HostError(16, f"the kernel still holds {ifname} queue {queue_id}")
+
+    async with harness(wait_free=wait_free) as h:
+        worker = await h.worker()
+        worker.far.send(control.SocketReleased(queue_pair=0, await_free=True))
+
+        refused, _ = await worker.expect(control.SocketRefused)
+        assert (refused.errno, refused.error) == (16, "the kernel still holds eth9 queue 3")
 
 
 async def test_socket_that_cannot_be_steered_to_is_refused_and_closed() -> None:
