@@ -20,7 +20,7 @@ from mpassthru import _core
 from mpassthru.broker.address_filter import receive_for_guest
 from mpassthru.broker.endpoint import ConnectingEndpoint, Endpoint, InheritedEndpoint, ListeningEndpoint, SocketAccess
 from mpassthru.broker.hints import FrontendWatch, steering_notice
-from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed
+from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed, outgrown
 from mpassthru.broker.port import Port
 from mpassthru.broker.status import AttachReport
 from mpassthru.broker.worker_user import worker_ids
@@ -103,6 +103,7 @@ class Attached:
     steering: _core.SteeringProgram
     endpoint: Endpoint
     configuration: Configure
+    zero_copy: ZeroCopyOptions = field(default_factory=ZeroCopyOptions)
 
 
 async def attach(options: AttachOptions, view: View, recipe: Callable[[int], str]) -> tuple[AttachReport, bool]:
@@ -146,6 +147,7 @@ async def _run(port: Port, ready: Attached, view: View, interval_s: float) -> No
             helpers = (
                 tasks.create_task(_show(port, ready, view, interval_s)),
                 tasks.create_task(_watch(ready, port, view)),
+                tasks.create_task(_watch_rules(ready, port)),
             )
             await port.run()
             for helper in helpers:
@@ -215,6 +217,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
                 uid=uid,
                 gid=gid,
             ),
+            options.zero_copy,
         )
 
 
@@ -321,6 +324,22 @@ def attach_program(interface: Interface, choice: XdpChoice, view: View) -> tuple
 
 def _attach_program(interface: Interface, xdp_mode: XdpMode) -> _core.SteeringProgram:
     return _core.SteeringProgram.attach(interface.ifindex, xdp_mode=xdp_mode, queue_count=interface.queues.rx)
+
+
+async def _watch_rules(ready: Attached, port: Port) -> None:
+    """In zero-copy mode, end the port when somebody changes the interface so that a NIC could write past buffers."""
+    rules = ready.configuration.zero_copy_rules
+    while rules is not None:
+        await asyncio.sleep(WATCH_INTERVAL_S)
+        try:
+            interface = await read_interface(ready.interface.name)
+        except HostError as error:
+            if error.errno == errno.ENODEV:
+                return  # which `_watch` tells
+            raise
+        if reason := outgrown(rules, interface, ready.zero_copy):
+            port.fail(f"{interface.name} was changed under the port, and zero-copy is no longer safe: {reason}")
+            return
 
 
 async def _watch(ready: Attached, port: Port, view: View) -> None:

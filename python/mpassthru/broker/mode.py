@@ -130,6 +130,25 @@ async def confirmed(
     return rules
 
 
+def outgrown(rules: ZeroCopyRules, interface: Interface, options: ZeroCopyOptions) -> str | None:
+    """Why an interface, as it is now, may write where these rules do not expect it; None as long as they hold.
+
+    An MTU or an offload can be changed while a guest is there. The NIC is then bounded differently, at once.
+    """
+    now = zero_copy_rules(interface, frame_max_bytes=options.frame_max_bytes, bounce_only=options.bounce_only)
+    if isinstance(now, Refusal):
+        return str(now)
+    if now.rx_write_max_bytes > rules.rx_write_max_bytes or now.frame_room_bytes > rules.frame_room_bytes:
+        return f"its NIC may now write {now.rx_write_max_bytes} bytes of a frame, not {rules.rx_write_max_bytes}"
+    if (now.rx_write_align_bytes, now.rx_write_before_bytes, now.contiguity) != (
+        rules.rx_write_align_bytes,
+        rules.rx_write_before_bytes,
+        rules.contiguity,
+    ):
+        return "its driver now writes in another way"
+    return None
+
+
 def _in_the_way(interface: Interface, steer: Literal["passthru", "mac"], xdp: str) -> Refusal | None:
     name = interface.name
     if xdp == "generic":

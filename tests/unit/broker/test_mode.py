@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from mpassthru.broker import mode as mode_module
-from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed
+from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed, outgrown
 from mpassthru.errors import HostError, RefusedError
 from mpassthru.netdev import Interface, Offloads, QueueCounts, XdpFeatures
 from mpassthru.rules import ZeroCopyRules
@@ -138,3 +138,27 @@ async def test_bindable_queues_confirm_the_rules(monkeypatch: pytest.MonkeyPatch
     rules, lines = choose("auto")
     assert await confirmed(rules, "auto", NIC, (0, 1), lines, xdp_mode="native") is rules
     assert probed == [("eth9", 0, "zero-copy"), ("eth9", 1, "zero-copy")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mtu_bytes": 9000}, "mtu 1508"),
+        ({"iommu": "translating"}, "another way"),
+        ({"offloads": Offloads(rx_vlan_strip=False, lro=False, gro_hw=False, rx_fcs=True)}, "rx-fcs"),
+        ({"driver": "virtio_net", "virtio_header_bytes": 12}, "another way"),
+    ],
+)
+def test_interface_that_was_changed_so_that_its_nic_could_write_further_is_noticed(
+    changes: dict[str, object], reason: str
+) -> None:
+    rules, _ = choose("auto")
+    assert rules is not None
+    assert reason in (outgrown(rules, msgspec.structs.replace(NIC, **changes), ZeroCopyOptions()) or "")
+
+
+def test_interface_that_is_as_it_was_or_bounded_closer_keeps_its_rules() -> None:
+    rules, _ = choose("auto")
+    assert rules is not None
+    for interface in (NIC, msgspec.structs.replace(NIC, mtu_bytes=1400), msgspec.structs.replace(NIC, up=False)):
+        assert outgrown(rules, interface, ZeroCopyOptions()) is None
