@@ -19,15 +19,14 @@ def on_stop_signal(stop: Callable[[signal.Signals], None]) -> Iterator[None]:
     SIGHUP stays ignored where it is: that is what nohup(1) asks for.
     """
     loop = asyncio.get_running_loop()
-    numbers = [number for number in STOP_SIGNALS if number is not signal.SIGHUP or not _is_ignored(number)]
-    for number in numbers:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    for number in before:
         loop.add_signal_handler(number, stop, number)
     try:
         yield
     finally:
-        for number in numbers:
+        for number, handler in before.items():
             loop.remove_signal_handler(number)
-
-
-def _is_ignored(number: signal.Signals) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN
+            signal.signal(number, handler)
