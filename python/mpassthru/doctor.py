@@ -45,7 +45,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return any(check.status == "fail" for check in self.checks)
 
 
-def diagnose(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES) -> Report:
+def diagnose(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES, *, queues: int = 1) -> Report:
     """Examine the machine, this process and, if one is named, an interface.
 
     Runs an event loop of its own: inside one, await `examine`.
@@ -53,19 +53,20 @@ def diagnose(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES
     Args:
         ifname: Interface of the current network namespace; None for the machine alone.
         guest_size_bytes: Memory of the guest to price.
+        queues: Its queue pairs.
 
     Raises:
         HostError: ENODEV if there is no such interface.
     """
-    return asyncio.run(examine(ifname, guest_size_bytes))
+    return asyncio.run(examine(ifname, guest_size_bytes, queues=queues))
 
 
-async def examine(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES) -> Report:
+async def examine(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES, *, queues: int = 1) -> Report:
     """As `diagnose`, inside a running event loop."""
     interface = await read_interface(ifname) if ifname is not None else None
     decision = zero_copy_rules(interface) if interface is not None else None
     rules = decision if isinstance(decision, ZeroCopyRules) else None
-    cost, cost_check = doctor_checks.guest_cost(guest_size_bytes, zero_copy=rules is not None)
+    cost, cost_check = doctor_checks.guest_cost(guest_size_bytes, queues=queues, zero_copy=rules is not None)
     checks = [
         *doctor_checks.process_checks(),
         cost_check,
@@ -75,13 +76,13 @@ async def examine(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_
     kernel = os.uname().release
     if interface is None or decision is None:
         return Report(kernel=kernel, checks=checks, guest=cost)
-    checks += await doctor_checks.interface_checks(interface)
+    checks += await doctor_checks.interface_checks(interface, queues)
     if rules is not None:
         checks.append(doctor_checks.zero_copy_bound(interface, rules))
-    mode: PortMode = "copy" if rules is None else "zero-copy"
-    if any(check.status == "fail" for check in checks):
-        mode = "none"
-    checks.append(doctor_checks.mode(interface, decision, possible=mode != "none"))
+    mode: PortMode = "none"
+    if not any(check.status == "fail" for check in checks):
+        mode = "copy" if rules is None else "zero-copy"
+        checks.append(doctor_checks.mode(interface, decision))
     return Report(kernel=kernel, checks=checks, mode=mode, interface=interface, zero_copy=rules, guest=cost)
 
 
@@ -103,8 +104,7 @@ def render(report: Report) -> RenderableType:
 
 
 def _title(report: Report) -> str:
-    where = f" · {report.interface.name}" if report.interface else ""
-    return f"mpassthru doctor · Linux {report.kernel}{where}"
+    return f"mpassthru doctor · {report.interface.name if report.interface else 'this machine'}"
 
 
 def _verdict(report: Report) -> Text:

@@ -17,6 +17,7 @@ from mpassthru.netdev import (
     Interface,
     Refusal,
     UmemCost,
+    check_queue,
     format_bytes,
     frame_max_bytes,
     kernel_version,
@@ -107,17 +108,17 @@ def _refused(name: str, error: HostError) -> Check:
 # ---- memory -----------------------------------------------------------------------------------------------
 
 
-def guest_cost(guest_bytes: int, *, zero_copy: bool = False) -> tuple[UmemCost | None, Check]:
-    """What a guest of that size costs on one queue."""
+def guest_cost(guest_bytes: int, *, queues: int = 1, zero_copy: bool = False) -> tuple[UmemCost | None, Check]:
+    """What a guest of that size costs on so many queues."""
     try:
-        cost = umem_cost(guest_bytes, zero_copy=zero_copy)
+        cost = umem_cost(guest_bytes, queues=queues, zero_copy=zero_copy)
     except RefusedError as error:
         found, _, advice = str(error).partition(": ")
         return None, Check(name="guest cost", status="fail", found=found, advice=advice)
-    shared_bytes = cost.kernel_bytes - cost.kernel_bytes_per_queue
+    shared_bytes = cost.kernel_bytes - queues * cost.kernel_bytes_per_queue
     found = (
-        f"{format_bytes(guest_bytes)} guest: all of its memory pinned at once, and "
-        f"{format_bytes(cost.kernel_bytes_per_queue)} of kernel memory per queue + {format_bytes(shared_bytes)}"
+        f"{format_bytes(guest_bytes)} guest: all of its memory pinned at once, and {format_bytes(cost.kernel_bytes)} "
+        f"of kernel memory ({queues} x {format_bytes(cost.kernel_bytes_per_queue)} + {format_bytes(shared_bytes)})"
     )
     available = _available_bytes()
     if cost.kernel_bytes > available:
@@ -186,12 +187,12 @@ def _free_hugepages(directory: Path) -> Iterator[tuple[int, int]]:
 # ---- interface --------------------------------------------------------------------------------------------
 
 
-async def interface_checks(interface: Interface) -> list[Check]:
+async def interface_checks(interface: Interface, wanted_queues: int = 1) -> list[Check]:
     """Everything about one interface but the mode, which follows from it."""
     return [
         link(interface),
         driver(interface),
-        queues(interface),
+        queues(interface, wanted_queues),
         mtu(interface),
         xdp_program(interface),
         await xsk_sockets(interface),
@@ -225,10 +226,14 @@ def driver(interface: Interface) -> Check:
     return Check(name="driver", status="ok", found=f"{found}, native XDP")
 
 
-def queues(interface: Interface) -> Check:
+def queues(interface: Interface, wanted: int = 1) -> Check:
     """Receive queues: a guest takes one or more, whole."""
     counts = interface.queues
     found = f"{counts.rx} rx, {counts.tx} tx (at most {counts.rx_max} and {counts.tx_max})"
+    try:
+        check_queue(interface, wanted - 1)
+    except RefusedError as error:
+        return Check(name="queues", status="fail", found=f"{found}; {wanted} wanted", advice=str(error))
     return Check(name="queues", status="ok", found=found)
 
 
@@ -251,7 +256,7 @@ def xdp_program(interface: Interface) -> Check:
         name="XDP program",
         status="fail",
         found=f"id {program.id} is attached ({program.mode} mode)",
-        advice=f"end the process that holds it, or, if none does, 'ip link set dev {interface.name} xdp off'",
+        advice="'bpftool link' shows whose it is, perhaps another guest's port; an interface has one: take another",
     )
 
 
@@ -296,10 +301,8 @@ def iommu(interface: Interface) -> Check:
     return Check(name="IOMMU", status="ok", found=f"{interface.iommu}{node}")
 
 
-def mode(interface: Interface, decision: ZeroCopyRules | Refusal, *, possible: bool) -> Check:
+def mode(interface: Interface, decision: ZeroCopyRules | Refusal) -> Check:
     """The mode that would be had, and why it is not a better one."""
-    if not possible:
-        return Check(name="mode", status="fail", found="none", advice="see the failed checks above")
     if isinstance(decision, ZeroCopyRules):
         return Check(name="mode", status="ok", found="zero-copy: no copy, each way")
     native = interface.xdp_features is None or interface.xdp_features.native

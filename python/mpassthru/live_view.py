@@ -1,22 +1,29 @@
 """The live view of a port: a table on a terminal, one line per interval elsewhere, JSON lines on demand.
 
 Rates are differences between two reports divided by the time between them. Nothing here starts a thread: the table is
-redrawn by the caller's interval, not by rich.
+redrawn by the caller's interval, not by rich. Columns have fixed widths, so that figures change in place; what has no
+fixed length, the reasons, has lines of its own below.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, TextIO
+from typing import Final, Protocol, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from mpassthru.broker.status import AttachReport, to_json
-from mpassthru.report import DirectionReport
+from mpassthru.report import DirectionReport, PortReport
+
+TABLE_WIDTH: Final = 80
+"""Columns of the terminal below which the compact form is shown."""
+_LIVE_WIDTHS: Final = (3, 13, 10, 17, 10, 13, 13)
+_TOTAL_WIDTHS: Final = (3, 14, 18, 9, 11, 11, 13)
+_UNITS: Final = ((1, ""), (10**6, " M"), (10**9, " G"), (10**12, " T"))
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,9 @@ class View(Protocol):
     def show(self, report: AttachReport) -> None:
         """Show the figures of now."""
 
+    def finish(self, report: AttachReport) -> None:
+        """Show the last figures, which stay, and no more."""
+
     def close(self) -> None:
         """Show no more."""
 
@@ -53,19 +63,30 @@ class TerminalView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._meter = _Meter()
-        self._live = Live(console=console, auto_refresh=False, transient=False)
-        self._live.start()
+        self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def say(self, line: str) -> None:
         """Print a line above the table."""
-        self._live.console.print(Text(line))
+        # A text of several lines is to be pasted: no line of it may be broken.
+        self._console.print(Text(line), soft_wrap="\n" in line)
 
     def show(self, report: AttachReport) -> None:
         """Redraw the table."""
-        self._live.update(Group(_table(report, *self._meter.rates(report)), _footer(report)), refresh=True)
+        rates = self._meter.rates(report)
+        body = _live_table(report, *rates) if self._console.width >= TABLE_WIDTH else _live_compact(report, *rates)
+        lines = (*body, *reason_lines(report), f"XDP program: {_steering(report)}", "Ctrl-C ends")
+        self._live.start()  # not earlier, for it hides the cursor
+        self._live.update(Group(*map(Text, lines)), refresh=True)
+
+    def finish(self, report: AttachReport) -> None:
+        """Replace the table by the totals."""
+        self.close()
+        title = f"{report.interface}: ended, {report.mode} mode, {report.xdp_mode} XDP; rx is towards the guest"
+        for line in (title, *total_lines(report, self._console.width), f"XDP program: {_steering(report)}"):
+            self._console.print(Text(line))
 
     def close(self) -> None:
-        """Leave the table as it is."""
+        """Take the table away."""
         self._live.stop()
 
 
@@ -83,17 +104,23 @@ class LineView:
     def show(self, report: AttachReport) -> None:
         """Print the figures in one line."""
         rx, tx = self._meter.rates(report)
+        state = f"{report.guest}/{report.mode}" if report.guest == "running" else report.guest
         self.say(
-            f"{report.interface} {report.guest} {report.mode}"
-            f" rx {_direction_line(report.rx, rx)} tx {_direction_line(report.tx, tx)}"
+            f"{report.interface} {state}: rx {_rate(rx)}, {_totals(report.rx)}; tx {_rate(tx)}, {_totals(report.tx)}"
         )
+
+    def finish(self, report: AttachReport) -> None:
+        """Print the totals, and what the live line has no room for."""
+        self.say(f"{report.interface} ended: rx {_totals(report.rx)}; tx {_totals(report.tx)}")
+        for line in (*reason_lines(report), f"XDP program: {_steering(report)}"):
+            self.say(line)
 
     def close(self) -> None:
         """Nothing to do."""
 
 
 class JsonView:
-    """JSON lines on `out`; what is said goes to `messages`."""
+    """JSON lines on `out`, the last one always; what is said goes to `messages`."""
 
     def __init__(self, out: TextIO, messages: TextIO, *, each_interval: bool) -> None:
         self._out = out
@@ -108,6 +135,10 @@ class JsonView:
         """Print the report, if it was asked for at each interval."""
         if self._each_interval:
             print(to_json(report), file=self._out, flush=True)
+
+    def finish(self, report: AttachReport) -> None:
+        """Print the report."""
+        print(to_json(report), file=self._out, flush=True)
 
     def close(self) -> None:
         """Nothing to do."""
@@ -137,32 +168,98 @@ def by_reason(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in counts.items() if count) or "-"
 
 
-def _table(report: AttachReport, rx: Rates, tx: Rates) -> Table:
-    title = Text(f"{report.interface}  guest {report.guest}, mode {report.mode}, XDP {report.xdp_mode}")
-    table = Table(title=title, title_justify="left")
-    for heading in ("", "frames/s", "Gbit/s", "frames", "direct", "bounced", "dropped"):
-        table.add_column(heading, justify="left" if heading in ("", "bounced", "dropped") else "right")
-    for name, total, rate in (("rx, to the guest", report.rx, rx), ("tx, from the guest", report.tx, tx)):
-        table.add_row(
+def total_lines(report: PortReport, width: int) -> Iterator[str]:
+    """What a port did in all: a table, or without its columns where `width` is too small; then the reasons."""
+    if width >= TABLE_WIDTH:
+        yield _row(_TOTAL_WIDTHS, "", "frames", "bytes", "direct", "bounced", "dropped", "copied bytes")
+        for name, total in (("rx", report.rx), ("tx", report.tx)):
+            yield _row(
+                _TOTAL_WIDTHS,
+                name,
+                total.frames,
+                total.bytes,
+                share(total.direct, total.frames),
+                _sum(total.bounced),
+                _sum(total.dropped),
+                total.copied_bytes,
+            )
+    else:
+        for name, total in (("rx", report.rx), ("tx", report.tx)):
+            yield f"{name} {total.frames:,} frames, {total.bytes:,} bytes"
+            yield f"   {_fate(total)}, copied bytes {total.copied_bytes:,}"
+    yield from reason_lines(report)
+
+
+def reason_lines(report: PortReport) -> Iterator[str]:
+    """Why frames bounced or were dropped; a line each, none where there were none."""
+    for name, total in (("rx", report.rx), ("tx", report.tx)):
+        for fate, counts in (("bounced", total.bounced), ("dropped", total.dropped)):
+            if any(counts.values()):
+                yield f"{name} {fate}: {by_reason(counts)}"
+
+
+def _live_table(report: AttachReport, rx: Rates, tx: Rates) -> Iterator[str]:
+    yield f"{_title(report)}; rx is towards the guest"
+    yield _row(_LIVE_WIDTHS, "", "frames/s", "Gbit/s", "total frames", "direct", "bounced", "dropped")
+    for name, total, rate in (("rx", report.rx, rx), ("tx", report.tx, tx)):
+        yield _row(
+            _LIVE_WIDTHS,
             name,
             f"{rate.frames_per_s:,.0f}",
             f"{rate.bits_per_s / 1e9:.3f}",
-            f"{total.frames:,}",
+            total.frames,
             share(total.direct, total.frames),
-            by_reason(total.bounced),
-            by_reason(total.dropped),
+            _sum(total.bounced),
+            _sum(total.dropped),
         )
-    return table
 
 
-def _footer(report: AttachReport) -> Text:
-    steering = "; ".join(f"queue {queue}: {by_reason(counts)}" for queue, counts in report.steering.items())
-    return Text(f"XDP program: {steering or '-'}\nCtrl-C ends")
+def _live_compact(report: AttachReport, rx: Rates, tx: Rates) -> Iterator[str]:
+    yield _title(report)
+    for name, total, rate in (("rx", report.rx, rx), ("tx", report.tx, tx)):
+        yield f"{name} {rate.frames_per_s:>11,.0f} frames/s {rate.bits_per_s / 1e9:>8.3f} Gbit/s"
+        yield f"   {_fate(total)}"
 
 
-def _direction_line(total: DirectionReport, rate: Rates) -> str:
-    bounced, dropped = sum(total.bounced.values()), sum(total.dropped.values())
+def _title(report: AttachReport) -> str:
+    if report.guest != "running":
+        return f"{report.interface}: guest {report.guest}, {report.xdp_mode} XDP"
+    return f"{report.interface}: guest running, {report.mode} mode, {report.xdp_mode} XDP"
+
+
+def _steering(report: AttachReport) -> str:
+    return "; ".join(f"queue {queue}: {by_reason(counts)}" for queue, counts in report.steering.items()) or "-"
+
+
+def _row(widths: tuple[int, ...], name: str, *cells: int | str) -> str:
+    columns = zip(cells, widths[1:], strict=True)
+    return name.ljust(widths[0]) + "".join(_cell(cell, width - 1).rjust(width) for cell, width in columns)
+
+
+def _cell(value: int | str, width: int) -> str:
+    """What a column shows: a count that is too long for it in millions, and so on."""
+    if isinstance(value, str):
+        return value
+    texts = (f"{value // unit:,}{suffix}" for unit, suffix in _UNITS)
+    return next((text for text in texts if len(text) <= width), "many")
+
+
+def _sum(counts: dict[str, int]) -> int:
+    return sum(counts.values())
+
+
+def _fate(total: DirectionReport) -> str:
     return (
-        f"{rate.frames_per_s:.0f} frames/s {rate.bits_per_s / 1e9:.3f} Gbit/s"
-        f" direct {share(total.direct, total.frames)} bounced {bounced} dropped {dropped}"
+        f"direct {share(total.direct, total.frames)}, bounced {_sum(total.bounced):,}, dropped {_sum(total.dropped):,}"
+    )
+
+
+def _rate(rate: Rates) -> str:
+    return f"{rate.frames_per_s:.0f} frames/s {rate.bits_per_s / 1e9:.3f} Gbit/s"
+
+
+def _totals(total: DirectionReport) -> str:
+    return (
+        f"total {total.frames} frames direct {share(total.direct, total.frames)}"
+        f" bounced {_sum(total.bounced)} dropped {_sum(total.dropped)}"
     )

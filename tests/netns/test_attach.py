@@ -166,6 +166,17 @@ async def test_second_frontend_gets_its_turn(veth: Namespace, path: Path) -> Non
             await port.until(lambda report: report.guest == "waiting" and report.mode == "detached")
 
 
+async def test_guest_sends_on_when_its_receiving_virtqueue_alone_is_stopped(veth: Namespace, path: Path) -> None:
+    async with attached_port(veth, path) as port, running_guest(port, path) as guest:
+        await check_traffic(veth, guest)
+        before = guest.counters()
+
+        await guest.frontend.get_vring_base(0)
+
+        guest.start(rx="idle", source=Source(pattern=Pattern(), count=FRAMES))
+        await guest.wait_for(lambda counters: counters.tx_frames >= before.tx_frames + FRAMES, deadline_s=TIMEOUT_S)
+
+
 async def test_connect_mode_waits_for_a_frontend_that_listens(veth: Namespace, path: Path) -> None:
     command = (sys.executable, "-m", "mpassthru", "attach", veth.ifname, "--connect", str(path), "--json")
     async with running_child(*command, namespace=veth), BuiltinGuest.listen(path, timeout_s=TIMEOUT_S) as guest:

@@ -1,4 +1,4 @@
-"""The wires of the zero-copy machine, and a port in zero-copy mode on each."""
+"""The wires of the zero-copy machine, and a port in zero-copy mode on them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import os
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from zero_copy_port import ZeroCopyPort
+from zero_copy_port import PortSlot, ZeroCopyPort
 
-from mpassthru.testing.attached_port import attached_port
 from mpassthru.testing.netns import Namespace
-from mpassthru.testing.wire import PacketWire
 from mpassthru.testing.zerocopy_machine import IN_MACHINE
 
 DRIVERS = ("virtio", "igb")
 PEER_MTU = 9000
-READY_TIMEOUT_S = 90
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs NICs with zero-copy: run make test-zerocopy"))
 
 
-@pytest.fixture(scope="module", params=DRIVERS)
+@pytest.fixture(scope="session", params=DRIVERS)
 def wire(request: pytest.FixtureRequest) -> Iterator[Namespace]:
     """A NIC with zero-copy and the other end of its wire, both up. The other end takes and sends jumbo frames."""
     name = request.param
@@ -50,19 +46,15 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Namespace]:
         os.close(fd)
 
 
-@asynccontextmanager
-async def zero_copy_port(wire: Namespace, folder: Path, *options: str) -> AsyncIterator[ZeroCopyPort]:
-    """Attach to the wire for the length of a block."""
-    path = folder / "port.sock"
-    async with attached_port(wire, path, "--mode", "zero-copy", *options) as port:
-        await port.until_said("ready", timeout_s=READY_TIMEOUT_S)
-        async with PacketWire(wire.peer_ifindex) as peer:
-            yield ZeroCopyPort(wire.ifname, path, port, peer)
-        await port.stop(timeout_s=60)
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def slot(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[PortSlot]:
+    """The one port that there is at a time."""
+    holder = PortSlot(tmp_path_factory.mktemp("port") / "port.sock")
+    yield holder
+    await holder.leave()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def port(wire: Namespace, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ZeroCopyPort]:
-    """A port that the guests of a module connect to, one after the other: it takes seconds to start in the machine."""
-    async with zero_copy_port(wire, tmp_path_factory.mktemp("port")) as attached:
-        yield attached
+@pytest_asyncio.fixture(loop_scope="session")
+async def port(wire: Namespace, slot: PortSlot) -> ZeroCopyPort:
+    """A port in zero-copy mode on the wire, with nothing promised."""
+    return await slot.attach(wire)

@@ -10,7 +10,7 @@ from zero_copy_port import GUEST_KINDS, SOME_SIZES, ZeroCopyPort, huge_guest
 
 from mpassthru.testing.guest_config import BufferLayout, GuestConfig, Pattern
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 ADDRESSES = b"\xff" * 6 + b"\x02\0\0\0\0\x01"
 TAG = bytes.fromhex("8100 0042")

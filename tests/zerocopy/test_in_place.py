@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from zero_copy_port import FRAME_SIZES, GUEST_KINDS, SOME_SIZES, ZeroCopyPort
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 DIRECT_KINDS = ("linux-hash-report", "dpdk", "dpdk-not-mergeable")
 BOUNCING_KINDS = ("linux-default", "linux-not-mergeable")

@@ -11,10 +11,10 @@ from zero_copy_port import GUEST_KINDS, ZeroCopyPort
 
 from mpassthru.testing.guest_config import Pattern, Source
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
 
 SIZES = (60, 1514, 590, 1514, 128, 1514)
-SENT_FRAMES_PER_S = 1500
+SENT_FRAMES_PER_S = 4000
 """What the guest sends beside: less than the emulated machine carries, so that nothing on the wire is lost."""
 
 

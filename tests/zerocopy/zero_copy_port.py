@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from mpassthru.report import DirectionReport
-from mpassthru.testing.attached_port import AttachedPort
+from mpassthru.testing.attached_port import AttachedPort, attached_port
 from mpassthru.testing.guest import BuiltinGuest
 from mpassthru.testing.guest_config import DEFAULT_FEATURES, BufferLayout, GuestConfig, Pattern, Region, Source
+from mpassthru.testing.netns import Namespace
 from mpassthru.testing.wire import PacketWire
 from mpassthru.vhost_user.features import VirtioFeature
 
 HUGE: Final = Region(backing="huge-memfd", size_bytes=16 << 20)
 HASH_REPORT: Final = DEFAULT_FEATURES | VirtioFeature.VIRTIO_NET_F_HASH_REPORT
 NOT_MERGEABLE: Final = DEFAULT_FEATURES & ~VirtioFeature.VIRTIO_NET_F_MRG_RXBUF
+READY_TIMEOUT_S: Final = 90
+STOP_TIMEOUT_S: Final = 60
 PORTION: Final = 64
 """Frames on their way at once: fewer than any ring or queue on the way holds."""
 FRAME_SIZES: Final = tuple(range(60, 1515))
@@ -65,13 +68,13 @@ class ZeroCopyPort:
     @asynccontextmanager
     async def stay(self, config: GuestConfig) -> AsyncIterator[Stay]:
         """A guest for the length of a block; at its end the virtqueues are stopped and the books are closed."""
-        before = await self._figures()
+        before = await self.figures()
         async with BuiltinGuest.connect(self.socket_path, config, timeout_s=30) as guest:
             stay = Stay(guest)
             yield stay
             await guest.stop()
             assert guest.violations() == {}
-            stay.rx, stay.tx = (difference(now, then) for now, then in zip(await self._figures(), before, strict=True))
+            stay.rx, stay.tx = (difference(now, then) for now, then in zip(await self.figures(), before, strict=True))
 
     def new_seed(self) -> int:
         """A stream that nothing has seen yet."""
@@ -101,12 +104,41 @@ class ZeroCopyPort:
         after = await self.peer.wait_for(lambda c: c.check_good >= good, deadline_s=10 + count / 500)
         assert after.check_corrupt == after.check_missing == after.check_duplicate == 0, after
 
-    async def _figures(self) -> tuple[DirectionReport, DirectionReport]:
+    async def figures(self) -> tuple[DirectionReport, DirectionReport]:
         """The port's figures of now: those printed next may be of a moment ago, the ones after are not."""
         await self.attached.news()
         await self.attached.news()
         assert self.attached.report is not None
         return self.attached.report.rx, self.attached.report.tx
+
+
+class PortSlot:
+    """Holds the port of now, so that tests which want the same one share it: in the machine, a start takes seconds."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self._path = socket_path
+        self._key: tuple[str, ...] = ()
+        self._port: ZeroCopyPort | None = None
+        self._resources = AsyncExitStack()
+
+    async def attach(self, wire: Namespace, *options: str) -> ZeroCopyPort:
+        """The port on this wire with these options; another one that is there ends first."""
+        key = (wire.ifname, *options)
+        if self._port is None or self._key != key:
+            await self.leave()
+            attached = await self._resources.enter_async_context(
+                attached_port(wire, self._path, "--mode", "zero-copy", *options)
+            )
+            await attached.until_said("ready", timeout_s=READY_TIMEOUT_S)
+            self._resources.push_async_callback(attached.stop, timeout_s=STOP_TIMEOUT_S)
+            peer = await self._resources.enter_async_context(PacketWire(wire.peer_ifindex))
+            self._key, self._port = key, ZeroCopyPort(wire.ifname, self._path, attached, peer)
+        return self._port
+
+    async def leave(self) -> None:
+        """End the port in good order, if there is one."""
+        self._port = None
+        await self._resources.aclose()
 
 
 def difference(now: DirectionReport, then: DirectionReport) -> DirectionReport:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from mpassthru import _core
 from mpassthru.broker.address_filter import receive_for_guest
-from mpassthru.broker.endpoint import ConnectingEndpoint, Endpoint, InheritedEndpoint, ListeningEndpoint
-from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed
+from mpassthru.broker.endpoint import ConnectingEndpoint, Endpoint, InheritedEndpoint, ListeningEndpoint, SocketAccess
+from mpassthru.broker.hints import FrontendWatch, steering_notice
+from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed, outgrown
 from mpassthru.broker.port import Port
 from mpassthru.broker.status import AttachReport
 from mpassthru.broker.worker_user import worker_ids
@@ -35,6 +36,7 @@ from mpassthru.netdev import (
     warnings_for,
 )
 from mpassthru.netdev.capabilities import missing_for_broker
+from mpassthru.stop_signals import on_stop_signal
 
 XdpChoice = Literal["auto", "native", "generic"]
 XdpMode = Literal["native", "generic"]
@@ -64,6 +66,7 @@ class AttachOptions:
 
     interface: str
     socket_path: Path | None = None
+    socket_access: SocketAccess = field(default_factory=SocketAccess)
     connect_path: Path | None = None
     fd: int | None = None
     queue: int = 0
@@ -100,10 +103,11 @@ class Attached:
     steering: _core.SteeringProgram
     endpoint: Endpoint
     configuration: Configure
+    zero_copy: ZeroCopyOptions = field(default_factory=ZeroCopyOptions)
 
 
 async def attach(options: AttachOptions, view: View, recipe: Callable[[int], str]) -> tuple[AttachReport, bool]:
-    """Run a port until SIGTERM, SIGINT, or the end of the one front-end of `once`.
+    """Run a port until SIGTERM, SIGINT, SIGHUP, or the end of the one front-end of `once`.
 
     Args:
         options: What to do.
@@ -117,8 +121,10 @@ async def attach(options: AttachOptions, view: View, recipe: Callable[[int], str
     Raises:
         RefusedError: the interface, the options or this process are not fit for it; nothing was changed.
         HostError: the kernel refused; everything was given back.
+        BrokenPipeError: nobody reads what `view` shows any more; everything was given back.
     """
-    with _stop_signals() as stopping:
+    stopping = asyncio.Event()
+    with on_stop_signal(lambda _: stopping.set()):
         async with attached(options, view) as ready:
             port = Port(
                 ready.configuration,
@@ -140,12 +146,13 @@ async def _run(port: Port, ready: Attached, view: View, interval_s: float) -> No
         async with asyncio.TaskGroup() as tasks:
             helpers = (
                 tasks.create_task(_show(port, ready, view, interval_s)),
-                tasks.create_task(_watch(ready.interface, port)),
+                tasks.create_task(_watch(ready, port, view)),
+                tasks.create_task(_watch_rules(ready, port)),
             )
             await port.run()
             for helper in helpers:
                 helper.cancel()
-    except* MpassthruError as errors:
+    except* (MpassthruError, OSError) as errors:
         raise errors.exceptions[0] from None
 
 
@@ -174,10 +181,11 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
     rules = choose_rules(options.mode, interface, options.zero_copy, view, steer=options.steer.kind, xdp=options.xdp)
     uid, gid = worker_ids(options.user)
     cost = cost_line(options.guest_bytes, options.queues, zero_copy=rules is not None)
-    for line in (cost, *warnings_for(interface)):
+    notices = [steering_notice(interface.name, options.steer)] if options.steer.kind == "mac" else []
+    for line in (cost, *warnings_for(interface), *notices):
         view.say(line)
     with contextlib.ExitStack() as undo:
-        endpoint = open_endpoint(options)
+        endpoint = open_endpoint(options, view)
         undo.callback(endpoint.close)
         steering, xdp_mode = attach_program(interface, options.xdp, view)
         undo.callback(steering.close)
@@ -191,7 +199,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
             )
         undo.enter_context(receive_for_guest(interface.name, interface.ifindex, options.steer.mac))
         # Only now: Intel's drivers take a zero-copy socket once an XDP program is there.
-        rules = await confirmed(rules, options.mode, interface, queue_ids, view)
+        rules = await confirmed(rules, options.mode, interface, queue_ids, view, xdp_mode=xdp_mode)
         yield Attached(
             interface,
             xdp_mode,
@@ -209,6 +217,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
                 uid=uid,
                 gid=gid,
             ),
+            options.zero_copy,
         )
 
 
@@ -256,8 +265,8 @@ def refuse_unfit(interface: Interface, queue_ids: tuple[int, ...]) -> None:
     frame_max_bytes(interface)
     if interface.xdp_program is not None:
         raise InUseError(
-            f"cannot attach to {name}: XDP program {interface.xdp_program.id} is there already; "
-            f"end its owner, or 'ip link set dev {name} xdp off'"
+            f"cannot attach to {name}: XDP program {interface.xdp_program.id} is there already, of another guest's "
+            "port or another program ('bpftool link' shows whose), and an interface has one; take another interface"
         )
     taken = sorted(set(interface.xsk_queues or ()) & set(queue_ids))
     if taken:
@@ -280,7 +289,7 @@ def cost_line(guest_bytes: int, queues: int, *, zero_copy: bool) -> str:
     )
 
 
-def open_endpoint(options: AttachOptions) -> Endpoint:
+def open_endpoint(options: AttachOptions, view: View) -> Endpoint:
     """Where front-ends come from.
 
     Raises:
@@ -288,9 +297,9 @@ def open_endpoint(options: AttachOptions) -> Endpoint:
         HostError: the path cannot be bound.
     """
     if options.socket_path is not None:
-        return ListeningEndpoint(options.socket_path)
+        return ListeningEndpoint(options.socket_path, options.socket_access)
     if options.connect_path is not None:
-        return ConnectingEndpoint(options.connect_path)
+        return ConnectingEndpoint(options.connect_path, view.say)
     if options.fd is not None:
         return InheritedEndpoint(options.fd)
     raise RefusedError("no front-end to expect: give one of --socket-path, --connect and --fd")
@@ -317,26 +326,31 @@ def _attach_program(interface: Interface, xdp_mode: XdpMode) -> _core.SteeringPr
     return _core.SteeringProgram.attach(interface.ifindex, xdp_mode=xdp_mode, queue_count=interface.queues.rx)
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[asyncio.Event]:
-    """An event that SIGINT and SIGTERM set, from before anything is taken until all of it is given back."""
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
-    try:
-        yield stopping
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+async def _watch_rules(ready: Attached, port: Port) -> None:
+    """In zero-copy mode, end the port when somebody changes the interface so that a NIC could write past buffers."""
+    rules = ready.configuration.zero_copy_rules
+    while rules is not None:
+        await asyncio.sleep(WATCH_INTERVAL_S)
+        try:
+            interface = await read_interface(ready.interface.name)
+        except HostError as error:
+            if error.errno == errno.ENODEV:
+                return  # which `_watch` tells
+            raise
+        if reason := outgrown(rules, interface, ready.zero_copy):
+            port.fail(f"{interface.name} was changed under the port, and zero-copy is no longer safe: {reason}")
+            return
 
 
-async def _watch(interface: Interface, port: Port) -> None:
-    """End the port when its interface goes away: the kernel detached everything from it already."""
+async def _watch(ready: Attached, port: Port, view: View) -> None:
+    """End the port when its interface goes away: the kernel detached everything from it already. Give hints."""
+    frontends = FrontendWatch()
     while True:
         try:
-            socket.if_indextoname(interface.ifindex)
+            socket.if_indextoname(ready.interface.ifindex)
         except OSError:
-            port.fail(f"interface {interface.name} is gone; nothing is left to attach to")
+            port.fail(f"interface {ready.interface.name} is gone; nothing is left to attach to")
             return
+        for hint in frontends.look(port.status, time.monotonic(), another_waits=ready.endpoint.somebody_waits()):
+            view.say(hint)
         await asyncio.sleep(WATCH_INTERVAL_S)

@@ -7,13 +7,16 @@ a worker needs no access to the file system. One front-end at a time; others wai
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
+import os
+import select
 import socket
-import stat
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from mpassthru.broker.stale_socket import stale_removed
 from mpassthru.errors import HostError, RefusedError, errno_name
 
 CONNECT_RETRY_S = 0.25
@@ -32,8 +35,21 @@ class Endpoint(Protocol):
     async def next_connection(self) -> socket.socket | None:
         """Wait for a front-end; None if there will never be another."""
 
+    def somebody_waits(self) -> bool:
+        """Whether a front-end has connected that nobody accepted yet."""
+
     def close(self) -> None:
         """Stop listening and remove the socket path, if it is ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SocketAccess:
+    """Who may connect to a socket path: to connect is to write (unix(7))."""
+
+    mode: int = 0o660
+    uid: int = -1
+    """Owner; -1 for the user of this process."""
+    gid: int = -1
 
 
 class ListeningEndpoint:
@@ -41,14 +57,14 @@ class ListeningEndpoint:
 
     Raises:
         RefusedError: the path is in use by a live process, or is not a socket.
-        HostError: it cannot be bound.
+        HostError: it cannot be bound, or not be given to its owner.
     """
 
     single = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, access: SocketAccess | None = None) -> None:
         self._path = path
-        self._sock = _bind(path)
+        self._sock = _bind(path, access or SocketAccess())
         self._identity = _identity(path)
         self._sock.listen(1)
         self._sock.setblocking(False)
@@ -58,20 +74,31 @@ class ListeningEndpoint:
         connection, _ = await asyncio.get_running_loop().sock_accept(self._sock)
         return connection
 
+    def somebody_waits(self) -> bool:
+        """Whether a front-end is in the listen queue."""
+        return _is_readable(self._sock)
+
     def close(self) -> None:
         """Close the socket and remove its path, unless somebody has put another one there."""
-        self._sock.close()
+        # Before it is closed, while nobody may take the path over, nor its inode's number be given to another.
         if _identity(self._path) == self._identity:
             self._path.unlink(missing_ok=True)
+        self._sock.close()
 
 
 class ConnectingEndpoint:
-    """`--connect`: the front-end listens, we connect, and again after each session."""
+    """`--connect`: the front-end listens, we connect, and again after each session.
+
+    Args:
+        path: Where it listens.
+        say: Called with one line when nobody listens there, once for each time that we want to connect.
+    """
 
     single = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self._path = path
+        self._say = say
 
     async def next_connection(self) -> socket.socket:
         """Connect, trying again while nobody listens.
@@ -79,6 +106,7 @@ class ConnectingEndpoint:
         Raises:
             HostError: the path can never be connected to, as things are.
         """
+        said = False
         while True:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setblocking(False)
@@ -89,9 +117,16 @@ class ConnectingEndpoint:
                 sock.close()
                 if error.errno not in _CONNECT_LATER:
                     raise _path_error("connect to", self._path, error) from error
+                if not said:
+                    self._say(f"nobody listens on {self._path} yet; trying again every {CONNECT_RETRY_S:g} s")
+                    said = True
                 await asyncio.sleep(CONNECT_RETRY_S)
             else:
                 return sock
+
+    def somebody_waits(self) -> bool:
+        """Never: we connect to it."""
+        return False
 
     def close(self) -> None:
         """Nothing to do: the path is the front-end's."""
@@ -118,6 +153,10 @@ class InheritedEndpoint:
         connection, _ = await asyncio.get_running_loop().sock_accept(self._sock)
         return connection
 
+    def somebody_waits(self) -> bool:
+        """Whether a front-end is in the listen queue."""
+        return not self.single and self._sock is not None and _is_readable(self._sock)
+
     def close(self) -> None:
         """Close the socket if it was not given out."""
         if self._sock is not None:
@@ -137,14 +176,22 @@ def _adopt(fd: int) -> socket.socket:
     return sock
 
 
-def _bind(path: Path) -> socket.socket:
+def _is_readable(sock: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def _bind(path: Path, access: SocketAccess) -> socket.socket:
+    """A bound socket; nobody can connect before it listens, so that its owner is set in time."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with contextlib.suppress(_AddressInUse):
-            _try_bind(sock, path)
-            return sock
-        _remove_stale(path)
-        _try_bind(sock, path)
+        try:
+            _try_bind(sock, path, access.mode)
+        except _AddressInUse:
+            with stale_removed(path):
+                _try_bind(sock, path, access.mode)
+        _give_away(path, access)
     except _AddressInUse as error:
         sock.close()
         raise RefusedError(f"cannot listen on {path}: the path was taken just now; choose another") from error
@@ -158,25 +205,30 @@ class _AddressInUse(Exception):  # noqa: N818 - a condition, not an error
     pass
 
 
-def _try_bind(sock: socket.socket, path: Path) -> None:
+def _try_bind(sock: socket.socket, path: Path, mode: int) -> None:
+    # The kernel makes the path with the mode that the socket itself has, less the umask.
+    os.fchmod(sock.fileno(), mode)
+    umask = os.umask(0)
     try:
         sock.bind(str(path))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise _AddressInUse from error
         raise _path_error("listen on", path, error) from error
+    finally:
+        os.umask(umask)
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on (its owner was killed); refuse to touch anything else."""
-    if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise RefusedError(f"cannot listen on {path}: it exists and is not a socket; remove it or choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        result = probe.connect_ex(str(path))
-    if result != errno.ECONNREFUSED:
-        raise RefusedError(f"cannot listen on {path}: the socket path is taken by a running process; choose another")
-    path.unlink(missing_ok=True)
+def _give_away(path: Path, access: SocketAccess) -> None:
+    try:
+        os.chown(path, access.uid, access.gid, follow_symlinks=False)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise HostError(
+            error.errno or 0,
+            f"cannot give {path} to {access.uid}:{access.gid} ({errno_name(error.errno)}): "
+            "run as root, or leave --socket-owner out",
+        ) from error
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ nothing more is given away by not copying.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -80,20 +81,39 @@ def describe(rules: ZeroCopyRules, options: ZeroCopyOptions | None = None) -> st
     )
 
 
-async def refuse_unbindable(interface: Interface, queue_ids: tuple[int, ...]) -> None:
+async def refuse_unbindable(
+    interface: Interface, queue_ids: tuple[int, ...], xdp_mode: Literal["native", "generic"]
+) -> None:
     """Find out, before any guest comes, whether the driver takes a zero-copy socket on these queues.
 
     Raises:
         HostError: it does not, or a queue is taken.
     """
+    if xdp_mode == "generic":
+        reason = f"cannot use zero-copy mode on {interface.name}: the XDP program is not in its driver; use --mode copy"
+        raise HostError(errno.EOPNOTSUPP, reason)
     for queue_id in queue_ids:
         await probe_bind(interface.name, queue_id, "zero-copy")
 
 
 async def confirmed(
-    rules: ZeroCopyRules | None, mode: Mode, interface: Interface, queue_ids: tuple[int, ...], view: Say
+    rules: ZeroCopyRules | None,
+    mode: Mode,
+    interface: Interface,
+    queue_ids: tuple[int, ...],
+    view: Say,
+    *,
+    xdp_mode: Literal["native", "generic"],
 ) -> ZeroCopyRules | None:
     """The rules, if the driver takes a zero-copy socket now; None if it does not and the mode was left to us.
+
+    Args:
+        rules: As chosen before anything was changed.
+        mode: What was asked for.
+        interface: With the XDP program attached.
+        queue_ids: Of the port.
+        view: Told about a change of mind.
+        xdp_mode: How the program came to be attached; a NIC in zero-copy mode never gets as far as generic XDP.
 
     Raises:
         HostError: zero-copy was forced and the driver does not take it.
@@ -101,13 +121,32 @@ async def confirmed(
     if rules is None:
         return None
     try:
-        await refuse_unbindable(interface, queue_ids)
+        await refuse_unbindable(interface, queue_ids, xdp_mode)
     except HostError as error:
         if mode == "zero-copy":
             raise
         view.say(f"mode: copy after all: {error}")
         return None
     return rules
+
+
+def outgrown(rules: ZeroCopyRules, interface: Interface, options: ZeroCopyOptions) -> str | None:
+    """Why an interface, as it is now, may write where these rules do not expect it; None as long as they hold.
+
+    An MTU or an offload can be changed while a guest is there. The NIC is then bounded differently, at once.
+    """
+    now = zero_copy_rules(interface, frame_max_bytes=options.frame_max_bytes, bounce_only=options.bounce_only)
+    if isinstance(now, Refusal):
+        return str(now)
+    if now.rx_write_max_bytes > rules.rx_write_max_bytes or now.frame_room_bytes > rules.frame_room_bytes:
+        return f"its NIC may now write {now.rx_write_max_bytes} bytes of a frame, not {rules.rx_write_max_bytes}"
+    if (now.rx_write_align_bytes, now.rx_write_before_bytes, now.contiguity) != (
+        rules.rx_write_align_bytes,
+        rules.rx_write_before_bytes,
+        rules.contiguity,
+    ):
+        return "its driver now writes in another way"
+    return None
 
 
 def _in_the_way(interface: Interface, steer: Literal["passthru", "mac"], xdp: str) -> Refusal | None:

@@ -41,6 +41,8 @@ RESTART_FORGET_S = 10.0
 REPORT_TIMEOUT_S = 2.0
 FREE_TIMEOUT_S = 15.0
 """How long a queue may be held after its socket was closed; a NIC whose link has to come back takes seconds."""
+STDERR_LINES_MAX = 200
+"""Of a worker, in the time of a `LineLimiter`: a traceback is kept whole."""
 REASONS_MAX = 64
 """Of bouncing or dropping, in a worker's report: more than there are."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -65,8 +67,8 @@ class Port:
         once: End after one front-end, or when the worker dies.
         stopping: Set to end the port; `stop` sets it.
         say: Called with one line for each thing the user should know.
-        start_worker: Makes a worker process; tests pass their own.
-        new_socket: Makes an AF_XDP socket; tests pass their own.
+        start_worker: Makes a worker process, which says its lines of stderr; tests pass their own.
+        new_socket: Makes an AF_XDP socket for an interface; tests pass their own.
         wait_free: Waits until the kernel has let go of a queue; tests pass their own.
     """
 
@@ -79,8 +81,8 @@ class Port:
         say: Say,
         once: bool = False,
         stopping: asyncio.Event | None = None,
-        start_worker: Callable[[], WorkerProcess] = WorkerProcess,
-        new_socket: Callable[[], socket.socket] = create_socket,
+        start_worker: Callable[[Say], WorkerProcess] = WorkerProcess,
+        new_socket: Callable[[int], socket.socket] = create_socket,
         wait_free: WaitQueueFree = wait_queue_free,
     ) -> None:
         self.status = PortStatus()
@@ -90,6 +92,7 @@ class Port:
         self._endpoint = endpoint
         self._once = once or endpoint.single
         self._say = LineLimiter(say)
+        self._say_stderr = LineLimiter(say, lines_max=STDERR_LINES_MAX)
         self._start_worker = start_worker
         self._new_socket = new_socket
         self._wait_free = wait_free
@@ -152,7 +155,7 @@ class Port:
 
     async def _run_worker(self) -> None:
         """One worker, from start to reaped."""
-        worker = self._start_worker()
+        worker = self._start_worker(self._say_of_worker)
         self.status.worker_pid = worker.pid
         reading = asyncio.create_task(self._answer(worker))
         feeding = asyncio.create_task(self._feed(worker))
@@ -254,7 +257,7 @@ class Port:
         self._queue_id(queue_pair)
         self._forget_socket(queue_pair)
         try:
-            sock = self._new_socket()
+            sock = self._new_socket(self._configuration.ifindex)
         except HostError as error:
             worker.channel.send(control.SocketRefused(queue_pair=queue_pair, errno=error.errno or 0, error=str(error)))
             return
@@ -298,6 +301,8 @@ class Port:
         if error is not None:
             self._trouble(f"session ended: {printable(error)}")
         if state == "waiting":
+            # One that was never bound would keep the memory that is registered on it pinned.
+            self._drop_sockets()
             self._idle.set()
 
     def _queue_id(self, queue_pair: int) -> int:
@@ -313,6 +318,9 @@ class Port:
     def _drop_sockets(self) -> None:
         for queue_pair in list(self._sockets):
             self._forget_socket(queue_pair)
+
+    def _say_of_worker(self, line: str) -> None:
+        self._say_stderr(f"worker: {printable(line)}")
 
     def _trouble(self, line: str) -> None:
         self.status.troubles.append(line)

@@ -30,6 +30,8 @@ class AttachReport(PortReport, frozen=True, kw_only=True):
     """Counters of the XDP program, by hardware queue."""
     troubles: tuple[str, ...]
     """The last errors, one line each."""
+    final: bool = False
+    """The port has ended; these are its last figures."""
 
 
 @dataclass
@@ -94,6 +96,7 @@ class PortStatus:
             worker_restarts=self.worker_restarts,
             steering=self.steering,
             troubles=tuple(self.troubles),
+            final=ended,
         )
 
 

@@ -10,21 +10,32 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage, broker_channel
 
 STOP_TIMEOUT_S = 5.0
 """How long an orderly end may take (closing an AF_XDP socket takes tens of ms) before SIGKILL."""
+LINE_MAX_BYTES = 4096
+"""Longer lines of a worker come in pieces."""
+PIPE_BYTES = 65536
+"""What may be left in a pipe (pipe(7)) whose writer is gone."""
 
 
 class WorkerProcess:
     """A running worker and the broker's end of its control channel.
 
+    Its stdout is lost and its stderr a pipe: a terminal would obey what a worker writes to it.
+
+    Args:
+        say: Called with each line that the process writes to stderr (a panic, a traceback, its last words), as it is.
+        module: What to run.
+
     Raises:
         OSError: the process cannot be started.
     """
 
-    def __init__(self, *, module: str = "mpassthru.worker") -> None:
+    def __init__(self, say: Callable[[str], None], *, module: str = "mpassthru.worker") -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -38,6 +49,8 @@ class WorkerProcess:
                     ],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
                     start_new_session=True,
                 )
             except BaseException:
@@ -45,6 +58,12 @@ class WorkerProcess:
                 raise
         self.channel: ControlChannel[BrokerMessage, WorkerMessage] = broker_channel(ours)
         self._pidfd = os.pidfd_open(self._process.pid)
+        self._say = say
+        self._line = b""
+        assert self._process.stderr is not None, "it is a pipe"
+        self._stderr = self._process.stderr
+        os.set_blocking(self._stderr.fileno(), False)
+        asyncio.get_running_loop().add_reader(self._stderr.fileno(), self._read_stderr)
 
     @property
     def pid(self) -> int:
@@ -93,8 +112,36 @@ class WorkerProcess:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+        for _ in range(0, PIPE_BYTES, LINE_MAX_BYTES):
+            self._read_stderr()
+        self._close_stderr()
 
     def kill(self) -> None:
         """Send SIGKILL, if the process is still there."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
+
+    def _read_stderr(self) -> None:
+        """Pass on the lines that are there."""
+        if self._stderr.closed:
+            return
+        try:
+            data = os.read(self._stderr.fileno(), LINE_MAX_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            self._close_stderr()
+        *lines, self._line = (self._line + data).split(b"\n")
+        if len(self._line) > LINE_MAX_BYTES:
+            lines, self._line = [*lines, self._line], b""
+        for line in lines:
+            self._say(line.decode(errors="replace"))
+
+    def _close_stderr(self) -> None:
+        if self._stderr.closed:
+            return
+        asyncio.get_running_loop().remove_reader(self._stderr.fileno())
+        self._stderr.close()
+        if self._line:
+            self._say(self._line.decode(errors="replace"))
+            self._line = b""

@@ -10,15 +10,23 @@ from mpassthru.netdev.af_xdp import open_xsk_socket
 SEND_BUFFER_BYTES: Final = 16 << 20
 """Bytes of frames that may be on their way in copy mode; the default is about 92 full frames (truesize 2304)."""
 _SO_SNDBUFFORCE: Final = 32
+_SO_BINDTOIFINDEX: Final = 62
 
 
-def create_socket() -> socket.socket:
-    """Create an AF_XDP socket in the current network namespace, with room for many frames on their way.
+def create_socket(ifindex: int) -> socket.socket:
+    """Create an AF_XDP socket for an interface, with room for many frames on their way.
+
+    From Linux 6.6 on it cannot be bound to another interface, and only CAP_NET_RAW could change that. Which of the
+    interface's queues it is bound to remains the worker's choice.
+
+    Args:
+        ifindex: Of the current network namespace.
 
     Raises:
         HostError: EPERM without CAP_NET_RAW; EAFNOSUPPORT if the kernel has no AF_XDP.
     """
     sock = open_xsk_socket()
+    sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, ifindex)
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
     except PermissionError:

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from mpassthru.broker.attach import AttachOptions, Steer, attach
 from mpassthru.broker.mode import ZeroCopyOptions
-from mpassthru.broker.status import to_json
 from mpassthru.cli.backend import PrintCapabilities
 from mpassthru.cli.recipe import GuestRecipe
 from mpassthru.cli.sizes import parse_size
+from mpassthru.cli.socket_access import parse_socket_access
 from mpassthru.live_view import JsonView, LineView, TerminalView, View
 
 INTERVAL_TERMINAL_S = 1.0
@@ -33,6 +33,13 @@ def attach_command(
     connect: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Connect to a front-end that listens here.")
     ] = None,
+    socket_owner: Annotated[
+        str | None,
+        typer.Option(metavar="USER[:GROUP]", help="Owner of --socket-path: the user whose QEMU is to connect."),
+    ] = None,
+    socket_mode: Annotated[
+        str, typer.Option(metavar="MODE", help="Permissions of --socket-path; to connect is to write.")
+    ] = "0660",
     queue: Annotated[int, typer.Option(metavar="N", min=0, help="First hardware receive queue to take.")] = 0,
     queues: Annotated[int, typer.Option(metavar="N", min=1, max=128, help="Queue pairs of the guest.")] = 1,
     mode: Annotated[
@@ -54,11 +61,16 @@ def attach_command(
         Literal["auto", "native", "generic"], typer.Option(help="Where in the kernel frames are taken.")
     ] = "auto",
     steer: Annotated[
-        Literal["passthru", "mac"], typer.Option(help="Frames for the guest: all of the queue, or those for --mac.")
+        Literal["passthru", "mac"],
+        typer.Option(help="Frames for the guest: all of the queue, or those for --mac, broadcast and multicast."),
     ] = "passthru",
     mac: Annotated[str | None, typer.Option(metavar="MAC", help="The guest's MAC address.")] = None,
-    broadcast: Annotated[bool, typer.Option(help="With --steer mac: broadcast goes to the guest.")] = True,
-    multicast: Annotated[bool, typer.Option(help="With --steer mac: multicast goes to the guest.")] = True,
+    broadcast: Annotated[
+        bool, typer.Option(help="With --steer mac: broadcast (ARP) goes to the guest, the host has none.")
+    ] = True,
+    multicast: Annotated[
+        bool, typer.Option(help="With --steer mac: multicast goes to the guest, the host has none.")
+    ] = True,
     poll: Annotated[
         Literal["busy", "adaptive", "interrupt"], typer.Option(help="How to wait for frames.")
     ] = "adaptive",
@@ -77,7 +89,9 @@ def attach_command(
     ] = "4G",
     _print_capabilities: PrintCapabilities = False,
 ) -> None:
-    """Connect one virtual machine's network interface to IFACE, in the foreground, until Ctrl-C or SIGTERM.
+    """Connect one virtual machine to IFACE.
+
+    Runs in the foreground until Ctrl-C, SIGTERM or SIGHUP.
 
     The frames of a hardware queue of IFACE go straight into the guest's receive buffers, and its frames leave straight
     from its memory. Prints the QEMU options and the libvirt XML for the guest. Nothing stays behind at the end.
@@ -86,12 +100,16 @@ def attach_command(
         raise typer.BadParameter("exactly one of --socket-path, --fd and --connect is needed")
     if steer == "mac" and mac is None:
         raise typer.BadParameter("--steer mac needs --mac, the guest's address")
+    if socket_path is None and socket_owner is not None:
+        raise typer.BadParameter("--socket-owner is about --socket-path; a socket made elsewhere has its owner already")
+    socket_access = parse_socket_access(socket_owner, socket_mode)
     mac_bytes = parse_mac(mac) if mac is not None else b""
     guest_bytes = parse_size(guest_size)
     view, interval_s = _view(as_json, interval)
     options = AttachOptions(
         interface=interface,
         socket_path=socket_path,
+        socket_access=socket_access,
         connect_path=connect,
         fd=fd,
         queue=queue,
@@ -123,10 +141,11 @@ def attach_command(
 
     try:
         report, succeeded = asyncio.run(attach(options, view, recipe))
-    finally:
+    except BaseException:
         view.close()
-    if as_json:
-        typer.echo(to_json(report))
+        raise
+    view.finish(report)
+    view.say("ended; everything was given back")
     if not succeeded:
         raise typer.Exit(1)
 

@@ -37,7 +37,10 @@ PrintCapabilities = Annotated[
 
 
 def backend_json_command() -> None:
-    """Print the file for /usr/share/qemu/vhost-user/50-mpassthru.json."""
+    """Print QEMU's description of this back-end.
+
+    It belongs into /usr/share/qemu/vhost-user/50-mpassthru.json.
+    """
     typer.echo(json.dumps({"description": DESCRIPTION, "type": "net", "binary": str(_binary())}, indent=2))
 
 

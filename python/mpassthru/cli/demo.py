@@ -12,16 +12,26 @@ from typing import Annotated, Any, Literal
 import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mpassthru.demo import DemoReport, run_builtin, run_qemu
-from mpassthru.errors import RefusedError
-from mpassthru.live_view import JsonView, LineView, TerminalView, View, by_reason, share
+from mpassthru.errors import MpassthruError, RefusedError
+from mpassthru.live_view import TABLE_WIDTH, JsonView, LineView, TerminalView, View, total_lines
+from mpassthru.stop_signals import on_stop_signal
 
 INTERVAL_TERMINAL_S = 0.25
 INTERVAL_LINES_S = 1.0
-EXIT_INTERRUPTED = 130
+EXIT_SIGNALLED = 128
+"""Plus the signal's number, as shells count."""
+LOST_TO_TCP = (
+    "no_buffer: TCP sent faster than the guest emptied its ring; it noticed, slowed down and sent those frames again"
+)
+
+
+class _Interrupted(Exception):  # noqa: N818 - a wish, not an error
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
 
 
 def demo_command(
@@ -38,10 +48,13 @@ def demo_command(
         Path | None, typer.Option("--report", metavar="PATH", help="Also write the report to this file.")
     ] = None,
 ) -> None:
-    """Show a guest exchange real frames with a host interface, in a network namespace made for it, and check them.
+    """Show it at work on this machine.
 
+    A guest exchanges real frames with a host interface, in a network namespace made for it; each frame is checked.
     Exit status 0 only if every check passed. Nothing is left behind. Needs root.
     """
+    if report_path is not None and not report_path.parent.is_dir():
+        raise RefusedError(f"cannot write the report to {report_path}: there is no {report_path.parent}; make it first")
     view, interval_s = _view(as_json)
     run = (
         run_builtin(view, seconds=seconds, interval_s=interval_s)
@@ -49,16 +62,16 @@ def demo_command(
         else run_qemu(view, seconds=seconds, interval_s=interval_s, kernel_root=kernel)
     )
     try:
-        report = asyncio.run(_until_signalled(run))
+        report = asyncio.run(_until_signalled(run, view))
     except TimeoutError as error:
         raise RefusedError(f"the demo got stuck: {error}") from error
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        typer.echo("mpassthru: interrupted; everything was given back", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except _Interrupted as interrupted:
+        view.close()
+        typer.echo(f"mpassthru: interrupted by {interrupted}; everything was given back", err=True)
+        raise typer.Exit(EXIT_SIGNALLED + interrupted.number) from None
     finally:
         view.close()
     if report_path is not None:
-        report_path.parent.mkdir(parents=True, exist_ok=True)
         report_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     if as_json:
         typer.echo(msgspec.json.encode(report).decode())
@@ -68,13 +81,30 @@ def demo_command(
         raise typer.Exit(1)
 
 
-async def _until_signalled(run: Coroutine[Any, Any, DemoReport]) -> DemoReport:
-    """Run; SIGTERM and SIGINT cancel it, so that everything is given back."""
+async def _until_signalled(run: Coroutine[Any, Any, DemoReport], view: View) -> DemoReport:
+    """Run; the first stop signal cancels it, and what follows cannot keep it from giving everything back.
+
+    Raises:
+        _Interrupted: a signal came; everything was given back.
+    """
     task = asyncio.ensure_future(run)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
-    return await task
+    received: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        if received:
+            view.say("interrupted already; giving everything back takes a moment")
+        else:
+            task.cancel()
+        received.append(number)
+
+    with on_stop_signal(stop):
+        try:
+            return await task
+        except (asyncio.CancelledError, MpassthruError, OSError):
+            # Ctrl-C reaches the port and QEMU too, and whose end is seen first is a matter of luck.
+            if received:
+                raise _Interrupted(received[0]) from None
+            raise
 
 
 def _view(as_json: bool) -> tuple[View, float]:
@@ -87,21 +117,14 @@ def _view(as_json: bool) -> tuple[View, float]:
 
 def _print_report(report: DemoReport) -> None:
     console = Console()
-    title = Text(f"demo: {report.guest} guest, mode {report.mode}, XDP {report.xdp_mode}; rx is towards the guest")
-    figures = Table(title=title, title_justify="left")
-    for heading in ("", "frames", "bytes", "direct", "bounced", "dropped", "copied"):
-        figures.add_column(heading, justify="right" if heading else "left")
-    for name, direction in (("rx", report.rx), ("tx", report.tx)):
-        figures.add_row(
-            name,
-            f"{direction.frames:,}",
-            f"{direction.bytes:,}",
-            share(direction.direct, direction.frames),
-            by_reason(direction.bounced),
-            by_reason(direction.dropped),
-            f"{direction.copied_bytes:,}",
-        )
-    console.print(figures)
+    lines = [
+        f"demo: {report.guest} guest, {report.mode} mode, {report.xdp_mode} XDP; rx is towards the guest",
+        *total_lines(report, console.width if console.is_terminal else TABLE_WIDTH),
+    ]
+    if report.guest == "qemu" and report.rx.dropped.get("no_buffer"):
+        lines.append(f"({LOST_TO_TCP})")
+    for line in lines:
+        console.print(Text(line), soft_wrap=not console.is_terminal)
     for check in report.checks:
         mark = Text("ok    ", style="green") if check.ok else Text("FAILED", style="bold red")
         console.print(mark, Text(f"{check.name}: {check.found}"), soft_wrap=True)

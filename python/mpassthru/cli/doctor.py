@@ -18,13 +18,15 @@ def doctor_command(
     guest_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory of the guest whose cost is shown, such as 4G.")
     ] = "4G",
+    queues: Annotated[int, typer.Option(metavar="N", min=1, max=128, help="Queue pairs of that guest.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Show what this machine, this process and IFACE allow, what a guest costs, and what to do about the rest.
+    """Show what this machine and IFACE allow.
 
-    Changes nothing. Exit status 1 if a guest cannot be attached.
+    What a guest costs too, and what to do about what is not allowed. Changes nothing.
+    Exit status 1 if a guest cannot be attached.
     """
-    report = doctor.diagnose(interface, parse_size(guest_size))
+    report = doctor.diagnose(interface, parse_size(guest_size), queues=queues)
     if as_json:
         typer.echo(msgspec.json.encode(report).decode())
     else:

@@ -59,6 +59,7 @@ class GuestRecipe:
         return (
             f"QEMU:\n{self.qemu_options()}\n"
             f"  (hugetlb=on,hugetlbsize=2M in the memory back-end makes it faster; {self._survival()})\n"
+            "  (without KVM, QEMU 7.2 crashes on MSI-X of a vhost-user device: give virtio-net-pci vectors=0)\n"
             f"libvirt:\n{self.libvirt_xml()}"
         )
 

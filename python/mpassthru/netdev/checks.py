@@ -70,6 +70,7 @@ def warnings_for(interface: Interface) -> list[str]:
         )
     if peer and peer.ifname is None:
         warnings.append(
-            f"the veth peer of {name} is in another namespace: see there that 'ethtool -K IFACE tx off tso off gso off'"
+            f"the veth peer of {name} is in another namespace, where its offloads cannot be seen: "
+            "there, 'ethtool -K PEER tx off tso off gso off', or the guest drops what it sends"
         )
     return warnings

@@ -88,3 +88,5 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
     veth_peer: VethPeer | None = None
     virtio_header_bytes: int | None = None
     """The virtio-net header of virtio_net's own device; None for other drivers."""
+    virtio_dma_api: bool | None = None
+    """Whether virtio_net's device is driven by the kernel's DMA API, as zero-copy needs; None for other drivers."""

@@ -13,6 +13,7 @@ PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
 # makes for (drivers/net/virtio_net.c, virtnet_probe); the first that is set counts.
 _VIRTIO_HEADER_BYTES: Final = ((65, 24), (67, 24), (57, 20), (15, 12), (32, 12))
 _VIRTIO_LEGACY_HEADER_BYTES: Final = 10
+_VIRTIO_F_ACCESS_PLATFORM_BIT: Final = 33
 _MEMORY_ENCRYPTION_FLAGS: Final = frozenset({"tdx_guest", "sev_guest"})
 
 
@@ -51,14 +52,26 @@ def numa_node(bus_address: str | None, *, devices: Path = PCI_DEVICES) -> int | 
 
 def virtio_header_bytes(bus_address: str | None, *, devices: Path = PCI_DEVICES) -> int | None:
     """Length of the virtio-net header that this machine's own virtio_net uses; None for a device that is not virtio."""
+    bits = _virtio_features(bus_address, devices)
+    if bits is None:
+        return None
+    for bit, header_bytes in _VIRTIO_HEADER_BYTES:
+        if bits >> bit & 1:
+            return header_bytes
+    return _VIRTIO_LEGACY_HEADER_BYTES
+
+
+def virtio_uses_dma_api(bus_address: str | None, *, devices: Path = PCI_DEVICES) -> bool | None:
+    """Whether VIRTIO_F_ACCESS_PLATFORM was negotiated; None for a device that is not virtio."""
+    bits = _virtio_features(bus_address, devices)
+    return None if bits is None else bool(bits >> _VIRTIO_F_ACCESS_PLATFORM_BIT & 1)
+
+
+def _virtio_features(bus_address: str | None, devices: Path) -> int | None:
     if bus_address is None:
         return None
     for path in sorted((devices / bus_address).glob("virtio*/features")):
-        bits = path.read_text().strip()  # bit 0 first
-        for bit, header_bytes in _VIRTIO_HEADER_BYTES:
-            if bits[bit : bit + 1] == "1":
-                return header_bytes
-        return _VIRTIO_LEGACY_HEADER_BYTES
+        return int(path.read_text().strip()[::-1], 2)  # bit 0 comes first
     return None
 
 

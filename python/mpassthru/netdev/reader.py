@@ -87,6 +87,7 @@ async def _describe(ifname: str, link: Any, veth_peer: VethPeer | None) -> Inter
         numa_node=pci.numa_node(driver.bus_address),
         veth_peer=veth_peer,
         virtio_header_bytes=pci.virtio_header_bytes(driver.bus_address) if driver.name == "virtio_net" else None,
+        virtio_dma_api=pci.virtio_uses_dma_api(driver.bus_address) if driver.name == "virtio_net" else None,
     )
 
 

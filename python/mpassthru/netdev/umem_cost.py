@@ -12,10 +12,10 @@ import msgspec
 
 from mpassthru.errors import RefusedError
 from mpassthru.netdev.af_xdp import CHUNK_SIZE_BYTES
+from mpassthru.umem import PAGE_BYTES, slab_bytes
 
 POOL_BYTES_PER_CHUNK: Final = 128 + 8
 """`struct xdp_buff_xsk`, and its entry in the list of free ones."""
-PAGE_BYTES: Final = 4096
 TABLE_BYTES_PER_PAGE: Final = 8 + 8
 """The page's pointer in `pgs`, and its page table entry in the kernel's mapping: once per UMEM."""
 DMA_BYTES_PER_PAGE: Final = 8
@@ -24,10 +24,6 @@ CHUNKS_MAX: Final = (2**31 - 1) // 128
 """The kernel allocates no more than INT_MAX bytes in one piece: 16,777,215 chunks."""
 UMEM_MAX_BYTES: Final = CHUNKS_MAX * CHUNK_SIZE_BYTES
 """4096 bytes less than 64 GiB."""
-SLAB_BYTES_PER_QUEUE: Final = 4 << 20
-"""The host's own frames next to the guest's memory (crates/datapath, `pump/slab.rs`)."""
-SLAB_ENDS_BYTES: Final = 3 * PAGE_BYTES
-"""What lies in front of the first and behind the last of them."""
 
 
 class UmemCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,13 +49,12 @@ def umem_cost(guest_bytes: int, *, queues: int = 1, zero_copy: bool = False) -> 
     Raises:
         RefusedError: no kernel takes a UMEM of that size; the message names the largest guest.
     """
-    slab_bytes = SLAB_BYTES_PER_QUEUE * queues + SLAB_ENDS_BYTES
-    umem_bytes = guest_bytes + slab_bytes
+    umem_bytes = guest_bytes + slab_bytes(queues)
     if umem_bytes > UMEM_MAX_BYTES:
         raise RefusedError(
             f"cannot make {format_bytes(guest_bytes)} of guest memory a UMEM: the kernel's limit is "
             f"{CHUNKS_MAX} chunks of {CHUNK_SIZE_BYTES} bytes; give the guest at most "
-            f"{(UMEM_MAX_BYTES - slab_bytes) >> 20} MiB"
+            f"{(UMEM_MAX_BYTES - slab_bytes(queues)) >> 20} MiB"
         )
     chunks = umem_bytes // CHUNK_SIZE_BYTES
     pages = umem_bytes // PAGE_BYTES

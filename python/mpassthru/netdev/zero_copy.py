@@ -87,7 +87,9 @@ def contiguity(interface: Interface) -> Contiguity:
 def _without_zero_copy(interface: Interface) -> Refusal | None:
     features = interface.xdp_features
     name = interface.driver or "this driver"
-    if (features and not features.zero_copy) or interface.driver in NO_ZERO_COPY:
+    # virtio_net says that it has zero-copy whether or not its device can; a bind would fail.
+    has_none = (features and not features.zero_copy) or interface.virtio_dma_api is False
+    if has_none or interface.driver in NO_ZERO_COPY:
         advice = ""
         if interface.driver == "virtio_net":
             advice = (

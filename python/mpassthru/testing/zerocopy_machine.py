@@ -101,10 +101,11 @@ async def run_in_machine(
         ChildError: QEMU or the machine ended before the command did; the message has its last lines.
         TimeoutError: the command did not end in time; the machine is gone.
     """
-    root = build_initramfs(_init_script(config, command, cwd), kernel=config.kernel, modules=MODULES)
+    root = build_initramfs(init_script(config, command, cwd), kernel=config.kernel, modules=MODULES)
     lines: deque[str] = deque(maxlen=_CONSOLE_KEPT_LINES)
     with memory_file("initramfs", root) as initramfs:
-        arguments = await _qemu_arguments(config, f"/proc/self/fd/{initramfs}")
+        # KVM is asked for with the installed QEMU, which finds its firmware by itself.
+        arguments = qemu_arguments(config, f"/proc/self/fd/{initramfs}", kvm=await kvm_works())
         async with asyncio.timeout(timeout_s), running_child(*arguments, pass_fds=[initramfs]) as process:
             assert process.stdout is not None
             async for line in process.stdout:
@@ -117,7 +118,7 @@ async def run_in_machine(
     raise ChildError(f"the zero-copy machine ended early: {last_lines(chr(10).join(lines))}")
 
 
-def _init_script(config: MachineConfig, command: Sequence[str], cwd: Path) -> str:
+def init_script(config: MachineConfig, command: Sequence[str], cwd: Path) -> str:
     """What the machine does from its first process on; for busybox's sh."""
     rename = "\n".join(f"        {nic.mac}) ip link set dev ${{nic##*/}} name {nic.name};;" for nic in NICS)
     share = ""
@@ -157,9 +158,9 @@ echo "{_ENDED}$?"
 """
 
 
-async def _qemu_arguments(config: MachineConfig, initramfs: str) -> list[str]:
+def qemu_arguments(config: MachineConfig, initramfs: str, *, kvm: bool) -> list[str]:
+    """QEMU's command line."""
     program = config.qemu / "usr/bin/qemu-system-x86_64"
-    kvm = await kvm_works()  # asked with the installed QEMU, which finds its firmware by itself
     arguments = [str(program), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", "q35"]
     for folder in ("usr/share/qemu", "usr/share/seabios"):
         arguments += ["-L", str(config.qemu / folder), "-L", f"/{folder}"]

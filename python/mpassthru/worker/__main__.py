@@ -20,7 +20,7 @@ def main() -> int:
     try:
         start(arguments.control_fd, arguments.broker_pid, make_engine)
     except MpassthruError as error:
-        print(f"mpassthru worker: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     return 0
 

@@ -2,17 +2,32 @@
 
 The engine announces its events on an eventfd; they are drained on the loop. Every token is waited for by exactly one
 caller. An event can not be lost between an operation and its wait: both happen without going back to the loop.
+
+An operation takes milliseconds, or seconds where the kernel is slow to let go of a queue. One that does not end means
+that an engine thread hangs: nothing in this process could stop that thread, or be sure of guest memory again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from mpassthru._core import Engine, Event, MemoryRegion, SocketConfig, VringConfig
+
+OPERATION_TIMEOUT_S: Final = 30.0
+"""Far more than any operation takes, the engine's own patience with the kernel included."""
+ATTACH_TIMEOUT_S: Final = 180.0
+"""The first socket pins all of the guest's memory, up to 64 GiB, much of which the kernel may still have to clear."""
+
+
+def end_process(line: str) -> None:
+    """End this process at once, threads that hang included; the broker starts another."""
+    print(line, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class AsyncEngine:
@@ -21,46 +36,52 @@ class AsyncEngine:
     Args:
         engine: The engine; closed by `close`.
         on_trouble: Called on the loop for each event that ends no operation.
+        on_hang: Called on the loop with one line if an operation does not end, even if nobody waits for it any more.
     """
 
-    def __init__(self, engine: Engine, on_trouble: Callable[[Event], None]) -> None:
+    def __init__(
+        self, engine: Engine, on_trouble: Callable[[Event], None], *, on_hang: Callable[[str], None] = end_process
+    ) -> None:
         self.engine = engine
         self._on_trouble = on_trouble
+        self._on_hang = on_hang
         self._pending: dict[int, asyncio.Future[int]] = {}
+        self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(engine.event_fd, self._drain)
 
     async def attach_socket(self, queue_pair: int, config: SocketConfig) -> int:
         """Bind a queue pair's socket; 1 for zero-copy mode, 0 for copy mode."""
-        return await self._end_of(self.engine.attach_socket(queue_pair, config))
+        token = self.engine.attach_socket(queue_pair, config)
+        return await self._end_of("attach_socket", token, timeout_s=ATTACH_TIMEOUT_S)
 
     async def detach_socket(self, queue_pair: int) -> None:
         """Close a queue pair's socket."""
-        await self._end_of(self.engine.detach_socket(queue_pair))
+        await self._end_of("detach_socket", self.engine.detach_socket(queue_pair))
 
     async def start_vring(self, index: int, config: VringConfig) -> None:
         """Start a virtqueue."""
-        await self._end_of(self.engine.start_vring(index, config))
+        await self._end_of("start_vring", self.engine.start_vring(index, config))
 
     async def stop_vring(self, index: int) -> int:
         """Stop a virtqueue and return its ring base."""
-        return await self._end_of(self.engine.stop_vring(index))
+        return await self._end_of("stop_vring", self.engine.stop_vring(index))
 
     async def set_vring_enabled(self, index: int, enabled: bool) -> None:
         """Let a virtqueue move frames, or not."""
-        await self._end_of(self.engine.set_vring_enabled(index, enabled))
+        await self._end_of("set_vring_enabled", self.engine.set_vring_enabled(index, enabled))
 
     async def set_vring_call(self, index: int, fd: int) -> None:
         """Replace a virtqueue's call eventfd."""
-        await self._end_of(self.engine.set_vring_call(index, fd))
+        await self._end_of("set_vring_call", self.engine.set_vring_call(index, fd))
 
     async def set_vring_err(self, index: int, fd: int) -> None:
         """Replace a virtqueue's err eventfd."""
-        await self._end_of(self.engine.set_vring_err(index, fd))
+        await self._end_of("set_vring_err", self.engine.set_vring_err(index, fd))
 
     async def send_frame(self, queue_pair: int, frame: bytes) -> None:
         """Send one frame of ours to the wire."""
-        await self._end_of(self.engine.send_frame(queue_pair, frame))
+        await self._end_of("send_frame", self.engine.send_frame(queue_pair, frame))
 
     def map_memory(self, regions: Sequence[MemoryRegion]) -> None:
         """Replace the guest's memory map."""
@@ -74,13 +95,22 @@ class AsyncEngine:
         """Give everything back; waiting callers are cancelled."""
         self._loop.remove_reader(self.engine.event_fd)
         self.engine.close()
+        for deadline in self._deadlines.values():
+            deadline.cancel()
         for future in self._pending.values():
             future.cancel()
+        self._deadlines.clear()
         self._pending.clear()
 
-    async def _end_of(self, token: int) -> int:
+    async def _end_of(self, operation: str, token: int, *, timeout_s: float | None = None) -> int:
+        timeout_s = timeout_s or OPERATION_TIMEOUT_S
         future: asyncio.Future[int] = self._loop.create_future()
         self._pending[token] = future
+        self._deadlines[token] = self._loop.call_later(
+            timeout_s,
+            self._on_hang,
+            f"the data plane hangs: {operation} has not ended within {timeout_s:g} s; ending this worker",
+        )
         return await future
 
     def _drain(self) -> None:
@@ -88,15 +118,19 @@ class AsyncEngine:
             os.read(self.engine.event_fd, 8)
         except BlockingIOError:
             return
-        for event in self.engine.drain_events():
+        events = self.engine.drain_events()
+        # Completions first: nothing that goes wrong with a trouble may leave somebody waiting.
+        for event in events:
             if event.kind == "completed":
                 self._complete(event)
-            else:
+        for event in events:
+            if event.kind != "completed":
                 self._on_trouble(event)
 
     def _complete(self, event: Event) -> None:
-        future = self._pending.pop(event.token, None)
-        if future is None or future.done():
+        self._deadlines.pop(event.token).cancel()
+        future = self._pending.pop(event.token)
+        if future.done():
             return  # the caller was cancelled: its session is over, the operation happened all the same
         if event.error is not None:
             future.set_exception(event.error)

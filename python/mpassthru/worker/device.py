@@ -2,7 +2,8 @@
 
 A queue pair gets its AF_XDP socket when its first virtqueue starts, for only then is the guest's memory known and
 wanted; it loses it when buffers have to be taken back from the kernel (an rx virtqueue stops), or when the memory map
-changes. The engine decides about buffers; this module decides about order: memory, socket, steering, virtqueue.
+changes. A virtqueue that goes on without the other one of its pair gets a new one. The engine decides about buffers;
+this module decides about order: memory, socket, steering, virtqueue.
 
 In zero-copy mode a NIC writes to the guest's buffers for some 40 ms after the socket was closed. So nobody is told that
 a virtqueue has stopped, and no memory is unmapped, before the broker has seen the hardware queue free.
@@ -13,18 +14,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import resource
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from mpassthru import _core
 from mpassthru.control import Configure
-from mpassthru.errors import HostError, RefusedError
+from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.rules import LINUX_BUFFER_ROOM_BYTES, ZeroCopyRules
 from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.device import Vring
 from mpassthru.worker.async_engine import AsyncEngine
-from mpassthru.worker.privileges import CAP_IPC_LOCK, effective_capabilities
+from mpassthru.worker.memlock import check_memlock, pinned_bytes
 from mpassthru.worker.socket_client import SocketClient
 
 FRAME_MIN_BYTES: Final = 60
@@ -32,6 +32,10 @@ ETHERTYPE_RARP: Final = 0x8035
 DESCRIPTOR_BYTES: Final = 16
 AVAIL_HEADER_BYTES: Final = 4
 """VIRTIO 1.3 sections 2.7.5 and 2.7.6."""
+
+ATTACH_AGAIN_AFTER_S: Final = 0.2
+"""How long a virtqueue may be without socket after the other one of its pair was stopped. A front-end that stops all of
+them does so one after the other, and would have guest memory pinned anew in between for nothing."""
 
 FEATURES: Final = (
     VirtioFeature.VIRTIO_F_VERSION_1
@@ -95,6 +99,7 @@ class PortDevice:
         self._attaching = [asyncio.Lock() for _ in configuration.queue_ids]
         self._unproven: set[int] = set()
         """Queue pairs whose last zero-copy socket is closed, and whose hardware queue was not seen free since."""
+        self._attaching_again: set[asyncio.Task[None]] = set()
 
     async def set_features(self, features: int) -> None:
         """Nothing to do: each virtqueue brings the features it runs with."""
@@ -108,7 +113,8 @@ class PortDevice:
         """
         await self._detach_sockets()
         self._regions = ()
-        check_memlock(sum(region.size_bytes for region in regions))
+        if regions:
+            check_memlock(pinned_bytes(regions, self.queue_pairs_max))
         self._engine.map_memory(
             [
                 _core.MemoryRegion(
@@ -133,21 +139,11 @@ class PortDevice:
         await self._attach_socket(index // 2)
         first = not self._running
         self._running[index] = vring  # before the engine knows of it: a start that is cancelled is followed by a stop
-        await self._engine.start_vring(
-            index,
-            _core.VringConfig(
-                size=vring.size,
-                base=vring.base,
-                desc_user_address=vring.desc_user_address,
-                avail_user_address=vring.avail_user_address,
-                used_user_address=vring.used_user_address,
-                features=vring.features,
-                enabled=vring.enabled,
-                kick_fd=vring.kick_fd,
-                call_fd=vring.call_fd,
-                err_fd=vring.err_fd,
-            ),
-        )
+        try:
+            await self._engine.start_vring(index, vring_config(vring))
+        except MpassthruError:
+            del self._running[index]
+            raise
         if first:
             self._on_running()
 
@@ -167,7 +163,12 @@ class PortDevice:
                 raise
         # The kernel has buffers of it; only closing the socket brings them back.
         await self.give_up_socket(index // 2)
-        return await self._engine.stop_vring(index)
+        base = await self._engine.stop_vring(index)
+        if index ^ 1 in self._running:
+            again = asyncio.create_task(self._attach_again(index // 2))
+            self._attaching_again.add(again)
+            again.add_done_callback(self._attaching_again.discard)
+        return base
 
     async def set_vring_enabled(self, index: int, enabled: bool) -> None:
         """Let a started virtqueue move frames, or not."""
@@ -261,17 +262,30 @@ class PortDevice:
         for queue_pair in range(self.queue_pairs_max):
             await self.give_up_socket(queue_pair)
 
-    async def _attach_socket(self, queue_pair: int) -> None:
+    async def _attach_again(self, queue_pair: int) -> None:
+        """Give what still runs of a queue pair a new socket."""
+        await asyncio.sleep(ATTACH_AGAIN_AFTER_S)
+        try:
+            await self._attach_socket(queue_pair, for_running=True)
+        except MpassthruError as error:
+            self._notice(f"queue pair {queue_pair} stands still until a virtqueue of it starts: {error}")
+
+    async def _attach_socket(self, queue_pair: int, *, for_running: bool = False) -> None:
         async with self._attaching[queue_pair]:
             if self._engine.socket_attached(queue_pair):
                 return
+            if for_running and not self._running.keys() & {2 * queue_pair, 2 * queue_pair + 1}:
+                return
             # A new socket gives the buffers of the one before back to their virtqueues.
             await self._prove_free(queue_pair)
-            zero_copy = await self._bind_socket(queue_pair)
             try:
+                zero_copy = await self._bind_socket(queue_pair)
                 await self._sockets.bound(queue_pair, "zero-copy" if zero_copy else "copy")
             except BaseException:
-                await self._detach_socket(queue_pair)
+                if self._engine.socket_attached(queue_pair):
+                    await self._detach_socket(queue_pair)
+                # The broker's copy would keep the socket, and with it all of guest memory pinned.
+                self._sockets.released(queue_pair)
                 raise
 
     async def _bind_socket(self, queue_pair: int) -> bool:
@@ -292,6 +306,22 @@ class PortDevice:
             frame_max_bytes=rules.frame_room_bytes if rules else self._configuration.frame_max_bytes,
             zero_copy_rules=core_rules(rules) if rules else None,
         )
+
+
+def vring_config(vring: Vring) -> _core.VringConfig:
+    """A virtqueue as the engine takes it."""
+    return _core.VringConfig(
+        size=vring.size,
+        base=vring.base,
+        desc_user_address=vring.desc_user_address,
+        avail_user_address=vring.avail_user_address,
+        used_user_address=vring.used_user_address,
+        features=vring.features,
+        enabled=vring.enabled,
+        kick_fd=vring.kick_fd,
+        call_fd=vring.call_fd,
+        err_fd=vring.err_fd,
+    )
 
 
 def wants_longer_buffers(rules: ZeroCopyRules | None) -> bool:
@@ -316,27 +346,6 @@ def core_rules(rules: ZeroCopyRules) -> _core.ZeroCopyRules:
         tx_pieces_max=rules.tx_pieces_max,
         contiguity=rules.contiguity,
     )
-
-
-def check_memlock(memory_bytes: int) -> None:
-    """Refuse memory that may not be locked, before anything is pinned.
-
-    Raises:
-        RefusedError: the limit is too small and CAP_IPC_LOCK is missing.
-    """
-    limit_bytes = memlock_limit_bytes()
-    if limit_bytes == resource.RLIM_INFINITY or memory_bytes <= limit_bytes:
-        return
-    if CAP_IPC_LOCK not in effective_capabilities():
-        raise RefusedError(
-            f"cannot pin {memory_bytes >> 20} MiB of guest memory: the memlock limit is {limit_bytes >> 20} MiB; "
-            "raise it (ulimit -l unlimited, LimitMEMLOCK=infinity) or give the broker CAP_SYS_RESOURCE or CAP_IPC_LOCK"
-        )
-
-
-def memlock_limit_bytes() -> int:
-    """How much this process may lock; RLIM_INFINITY without a limit."""
-    return resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
 
 
 def rarp_frame(mac: bytes) -> bytes:

@@ -124,7 +124,12 @@ class Worker:
         self._channel.send(control.SessionChanged(state=state, error=error))
 
     def _notice(self, text: str, *, trouble: bool = False) -> None:
-        self._channel.send(control.Notice(text=text, trouble=trouble))
+        self._tell(control.Notice(text=text, trouble=trouble))
+
+    def _tell(self, message: WorkerMessage) -> None:
+        """Send what no caller waits for. If that fails, the channel is over, and `_answer` ends the worker."""
+        with suppress(ControlError):
+            self._channel.send(message)
 
     def _report(self) -> None:
         counters = msgspec.convert(self._engine.engine.counters(), _Counters)
@@ -133,7 +138,7 @@ class Worker:
     def _on_trouble(self, event: Event) -> None:
         match event.kind:
             case "fault":
-                self._channel.send(control.Fault(vring=event.vring, error=str(event.error)))
+                self._tell(control.Fault(vring=event.vring, error=str(event.error)))
             case "host-error":
                 # The engine tries again by itself: a link that went down comes back.
                 self._notice(str(event.error), trouble=True)

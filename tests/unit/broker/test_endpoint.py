@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mpassthru.broker.endpoint import ConnectingEndpoint, InheritedEndpoint, ListeningEndpoint
+from mpassthru.broker.endpoint import ConnectingEndpoint, InheritedEndpoint, ListeningEndpoint, SocketAccess
 from mpassthru.errors import HostError, RefusedError
 
 
@@ -43,6 +45,41 @@ async def test_listening_endpoint_gives_out_who_connects_and_removes_its_path(pa
     assert path.name not in os.listdir(path.parent)
 
 
+@pytest.mark.parametrize("mode", [0o660, 0o600, 0o666])
+def test_path_has_its_mode_whatever_the_umask(path: Path, mode: int) -> None:
+    umask = os.umask(0o077)
+    try:
+        endpoint = ListeningEndpoint(path, SocketAccess(mode=mode))
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(umask)
+
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    endpoint.close()
+
+
+def test_path_that_cannot_be_given_away_is_refused_and_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    with pytest.raises(HostError, match=r"cannot give .*port\.sock to 12:34 \(EPERM\)"):
+        ListeningEndpoint(path, SocketAccess(uid=12, gid=34))
+
+    assert not path.exists()
+
+
+async def test_front_end_that_waits_is_seen_until_it_is_accepted(path: Path) -> None:
+    endpoint = ListeningEndpoint(path)
+    assert not endpoint.somebody_waits()
+    with connect(path):
+        assert endpoint.somebody_waits()
+
+        with await endpoint.next_connection():
+            assert not endpoint.somebody_waits()
+    endpoint.close()
+
+
 async def test_path_of_a_killed_process_is_taken_over(path: Path) -> None:
     unix_listener(path).close()
 
@@ -58,6 +95,16 @@ def test_path_of_a_living_process_is_refused_and_left_alone(path: Path) -> None:
             ListeningEndpoint(path)
 
         connect(path).close()
+
+
+async def test_second_port_on_a_path_is_no_frontend_of_the_first(path: Path) -> None:
+    endpoint = ListeningEndpoint(path)
+    with pytest.raises(RefusedError, match="taken by a running process"):
+        ListeningEndpoint(path)
+
+    assert not endpoint.somebody_waits()
+
+    endpoint.close()
 
 
 def test_path_of_a_file_is_refused_and_left_alone(path: Path) -> None:
@@ -89,7 +136,7 @@ def test_path_that_somebody_else_took_over_is_not_removed(path: Path) -> None:
 
 
 async def test_connecting_endpoint_waits_for_a_peer_that_listens_later(path: Path) -> None:
-    connecting = asyncio.create_task(ConnectingEndpoint(path).next_connection())
+    connecting = asyncio.create_task(ConnectingEndpoint(path, print).next_connection())
     await asyncio.sleep(0)
 
     with unix_listener(path) as listener, await connecting as connection:
@@ -100,7 +147,25 @@ async def test_connecting_endpoint_waits_for_a_peer_that_listens_later(path: Pat
 
 async def test_connecting_endpoint_gives_up_where_no_waiting_helps(path: Path) -> None:
     with pytest.raises(RefusedError, match="cannot connect to"):
-        await ConnectingEndpoint(path.with_name("x" * 120)).next_connection()
+        await ConnectingEndpoint(path.with_name("x" * 120), print).next_connection()
+
+
+async def test_connecting_endpoint_says_once_that_nobody_listens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = asyncio.Semaphore(0)
+    pause = asyncio.sleep
+
+    async def count(_: float) -> None:
+        tries.release()
+        await pause(0)
+
+    monkeypatch.setattr(asyncio, "sleep", count)
+    lines: list[str] = []
+    connecting = asyncio.create_task(ConnectingEndpoint(path, lines.append).next_connection())
+    for _ in range(3):
+        await tries.acquire()
+    connecting.cancel()
+
+    assert lines == [f"nobody listens on {path} yet; trying again every 0.25 s"]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ import pytest
 
 from mpassthru import control
 from mpassthru.broker import port as port_module
-from mpassthru.broker.port import Port
+from mpassthru.broker.port import Port, WaitQueueFree
 from mpassthru.broker.worker_process import WorkerProcess
 from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage
 from mpassthru.errors import HostError
@@ -38,7 +38,8 @@ class PlayedWorker:
     pid = 4711
     exit_text = "was killed by SIGKILL"
 
-    def __init__(self, *, may_raise_memlock: bool = True) -> None:
+    def __init__(self, say: Callable[[str], None], *, may_raise_memlock: bool = True) -> None:
+        self.say = say
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = control.broker_channel(ours)
         self.far: ControlChannel[WorkerMessage, BrokerMessage] = control.worker_channel(theirs)
@@ -125,8 +126,14 @@ class Harness:
                 await asyncio.sleep(0.001)
 
 
+async def free_at_once(ifname: str, ifindex: int, queue_id: int, *, timeout_s: float) -> None:
+    """Nothing to wait for."""
+
+
 @contextlib.asynccontextmanager
-async def harness(*, once: bool = False, may_raise_memlock: bool = True) -> AsyncIterator[Harness]:
+async def harness(
+    *, once: bool = False, may_raise_memlock: bool = True, wait_free: WaitQueueFree = free_at_once
+) -> AsyncIterator[Harness]:
     workers: asyncio.Queue[PlayedWorker] = asyncio.Queue()
     lines: list[str] = []
     made: list[socket.socket] = []
@@ -134,13 +141,14 @@ async def harness(*, once: bool = False, may_raise_memlock: bool = True) -> Asyn
 
     started: list[PlayedWorker] = []
 
-    def start_worker() -> WorkerProcess:
-        worker = PlayedWorker(may_raise_memlock=may_raise_memlock)
+    def start_worker(say: Callable[[str], None]) -> WorkerProcess:
+        worker = PlayedWorker(say, may_raise_memlock=may_raise_memlock)
         started.append(worker)
         workers.put_nowait(worker)
         return cast(WorkerProcess, worker)
 
-    def new_socket() -> socket.socket:
+    def new_socket(ifindex: int) -> socket.socket:
+        assert ifindex == CONFIGURATION.ifindex
         made.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         return made[-1]
 
@@ -152,6 +160,7 @@ async def harness(*, once: bool = False, may_raise_memlock: bool = True) -> Asyn
         once=once,
         start_worker=start_worker,
         new_socket=new_socket,
+        wait_free=wait_free,
     )
     running = asyncio.create_task(port.run())
     try:
@@ -228,6 +237,18 @@ async def test_bound_socket_is_steered_to_and_the_brokers_copy_closed() -> None:
         assert h.port.status.mode == "copy"
 
 
+async def test_socket_that_was_never_bound_is_closed_with_its_session() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        worker.far.send(control.SocketWanted(queue_pair=0))
+        _, fds = await worker.expect(control.SocketGranted)
+        control.close_fds(fds)
+        worker.far.send(control.SessionChanged(state="waiting", error="cannot bind"))
+        await h.until("cannot bind")
+
+        assert h.made_sockets[0].fileno() == -1, "an open copy keeps guest memory pinned"
+
+
 async def test_released_socket_leaves_the_xskmap() -> None:
     async with harness() as h:
         worker = await h.worker()
@@ -238,6 +259,38 @@ async def test_released_socket_leaves_the_xskmap() -> None:
 
         assert h.steering.slots == {}
         assert h.port.status.mode == "detached"
+
+
+async def test_worker_that_asks_is_told_when_the_queue_is_free() -> None:
+    free = asyncio.Event()
+    asked: list[tuple[str, int, int]] = []
+
+    async def wait_free(ifname: str, ifindex: int, queue_id: int, *, timeout_s: float) -> None:
+        asked.append((ifname, ifindex, queue_id))
+        await asyncio.wait_for(free.wait(), timeout_s)
+
+    async with harness(wait_free=wait_free) as h:
+        worker = await h.worker()
+        worker.far.send(control.SocketReleased(queue_pair=1, await_free=True))
+        worker.far.send(control.Notice(text="released"))
+        await h.until("released")
+        assert asked == [("eth9", 7, 4)]
+        free.set()
+
+        freed, _ = await worker.expect(control.SocketFreed)
+        assert freed.queue_pair == 1
+
+
+async def test_queue_that_stays_taken_is_told_of_with_the_reason() -> None:
+    async def wait_free(ifname: str, ifindex: int, queue_id: int, *, timeout_s: float) -> None:
+        raise HostError(16, f"the kernel still holds {ifname} queue {queue_id}")
+
+    async with harness(wait_free=wait_free) as h:
+        worker = await h.worker()
+        worker.far.send(control.SocketReleased(queue_pair=0, await_free=True))
+
+        refused, _ = await worker.expect(control.SocketRefused)
+        assert (refused.errno, refused.error) == (16, "the kernel still holds eth9 queue 3")
 
 
 async def test_socket_that_cannot_be_steered_to_is_refused_and_closed() -> None:
@@ -359,3 +412,11 @@ async def test_fault_is_counted_and_its_words_are_made_printable() -> None:
         await h.until("virtqueue 1 was stopped, for the guest broke it: loop [31m forged line")
 
         assert h.port.status.faults == 1
+
+
+async def test_workers_stderr_is_said_printable() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        worker.say("panicked at \x1b]0;forged title\x07")
+
+        await h.until("worker: panicked at  ]0;forged title ")

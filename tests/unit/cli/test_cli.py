@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,18 +16,29 @@ from typer.testing import CliRunner
 
 from mpassthru import cli
 from mpassthru.broker import attach as attach_module
+from mpassthru.broker.endpoint import SocketAccess
 from mpassthru.broker.status import PortStatus
+from mpassthru.cli import app as app_module
 from mpassthru.cli import attach as attach_command_module
 from mpassthru.cli.attach import parse_mac
 from mpassthru.cli.sizes import parse_size
+from mpassthru.cli.socket_access import parse_socket_access
 from mpassthru.errors import HostError, MpassthruError, RefusedError
 
 DOCUMENTED_JSON = Path(__file__).parents[3] / "docs/qemu/50-mpassthru.json"
 MAC = "52:54:00:12:34:56"
 
 
+@pytest.fixture(autouse=True)
+def _sigint() -> Iterator[None]:
+    """`main` is made for a process of its own."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(cli.app, list(arguments))
+    result = CliRunner().invoke(app_module.app, list(arguments))
     return result.exit_code, result.output
 
 
@@ -43,6 +56,10 @@ def run(*arguments: str) -> tuple[int, str]:
         (("attach", "eth9", "--socket-path", "/s", "--queue", "-1"), "greater than or equal to 0"),
         (("attach", "eth9", "--socket-path", "/s", "--queues", "0"), "greater than or equal to 1"),
         (("attach", "eth9", "--socket-path", "/s", "--guest-size", "much"), "is not a size"),
+        (("attach", "eth9", "--socket-path", "/s", "--socket-mode", "rw"), "is not a mode"),
+        (("attach", "eth9", "--socket-path", "/s", "--socket-owner", "no such"), "there is no user"),
+        (("attach", "eth9", "--socket-path", "/s", "--socket-owner", "root:no such"), "there is no group"),
+        (("attach", "eth9", "--connect", "/s", "--socket-owner", "root"), "--socket-owner is about --socket-path"),
         (("doctor", "--guest-size", "0"), "is not a size"),
         (("demo", "--guest", "bhyve"), "bhyve"),
         (("nonsense",), "nonsense"),
@@ -88,7 +105,7 @@ def test_error_is_one_line_and_status_1(
     def fail(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(app_module, "app", fail)
 
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -97,22 +114,70 @@ def test_error_is_one_line_and_status_1(
     assert capsys.readouterr().err == "mpassthru: cannot do it: do this instead\n"
 
 
+def test_output_that_nobody_reads_any_more_is_no_traceback() -> None:
+    command = [sys.executable, "-m", "mpassthru", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("moment", ["mpassthru.errors", "typer", "mpassthru.cli.app"])
+def test_interrupt_during_imports_is_no_traceback(moment: str) -> None:
+    """SIGINT as soon as a certain module is looked for."""
+    program = textwrap.dedent(f"""
+        import os, signal, sys
+
+        class Interrupting:
+            def find_spec(self, name, path=None, target=None):
+                if name == {moment!r}:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        from mpassthru.cli import main
+        sys.modules.pop({moment!r}, None)
+        sys.meta_path.insert(0, Interrupting())
+        main()
+    """)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+
+    assert done.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "access"),
+    [
+        (None, "0660", SocketAccess()),
+        ("root", "0600", SocketAccess(mode=0o600, uid=0)),
+        ("12:34", "777", SocketAccess(mode=0o777, uid=12, gid=34)),
+        (":root", "0660", SocketAccess(gid=0)),
+    ],
+)
+def test_socket_access_is_read_as_for_chown_and_chmod(owner: str | None, mode: str, access: SocketAccess) -> None:
+    assert parse_socket_access(owner, mode) == access
+
+
 def attach_outcome(monkeypatch: pytest.MonkeyPatch, *, succeeded: bool) -> tuple[int, str]:
     async def attach(
         options: attach_module.AttachOptions, view: attach_module.View, recipe: Callable[[int], str]
     ) -> tuple[object, bool]:
         view.say(recipe(1500))
-        return PortStatus().report(interface=options.interface, queue_ids=(0,), xdp_mode="native"), succeeded
+        report = PortStatus().report(interface=options.interface, queue_ids=(0,), xdp_mode="native", ended=True)
+        return report, succeeded
 
     monkeypatch.setattr(attach_command_module, "attach", attach)
-    return run("attach", "eth9", "--socket-path", "/run/s", "--json")
+    result = CliRunner().invoke(app_module.app, ["attach", "eth9", "--socket-path", "/run/s", "--json"])
+    return result.exit_code, result.stdout
 
 
 def test_attach_prints_its_report_as_one_line_of_json(monkeypatch: pytest.MonkeyPatch) -> None:
     status, output = attach_outcome(monkeypatch, succeeded=True)
 
-    report = json.loads(output.splitlines()[-1])
+    report = json.loads(output)
     assert status == 0
+    assert report["final"] is True
     assert report["interface"] == "eth9"
     assert {"mode", "rx", "tx"} <= report.keys()
     assert report["rx"].keys() == {"frames", "bytes", "direct", "bounced", "dropped", "copied_bytes"}

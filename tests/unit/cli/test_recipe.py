@@ -72,3 +72,9 @@ def test_libvirt_xml_with_everything_is_well_formed() -> None:
     assert driver.attrib == {"queues": "4"}
     assert mac is not None
     assert mac.attrib == {"address": "52:54:00:12:34:56"}
+
+
+def test_recipe_says_what_helps_without_kvm() -> None:
+    assert (
+        "without KVM, QEMU 7.2 crashes on MSI-X of a vhost-user device: give virtio-net-pci vectors=0" in PLAIN.text()
+    )

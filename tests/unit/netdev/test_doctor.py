@@ -151,14 +151,14 @@ def test_translating_iommu_warns_with_the_boot_option() -> None:
 def test_driver_without_native_xdp_is_said_to_use_generic() -> None:
     features = XdpFeatures(native=False, zero_copy=False, zero_copy_max_segments=1)
     assert doctor_checks.driver(but(xdp_features=features)).status == "warn"
-    assert "generic XDP" in doctor_checks.mode(but(xdp_features=features), Refusal("none"), possible=True).found
+    assert "generic XDP" in doctor_checks.mode(but(xdp_features=features), Refusal("none")).found
 
 
 def test_mode_is_zero_copy_with_its_bound_or_copy_with_the_reason() -> None:
     rules = zero_copy_rules(NIC, dma_is_bounced=False)
     assert isinstance(rules, ZeroCopyRules)
-    assert doctor_checks.mode(NIC, rules, possible=True).found.startswith("zero-copy")
-    refused = doctor_checks.mode(NIC, Refusal("for no reason"), possible=True)
+    assert doctor_checks.mode(NIC, rules).found.startswith("zero-copy")
+    refused = doctor_checks.mode(NIC, Refusal("for no reason"))
     assert refused.found.startswith("copy")
     assert "for no reason" in refused.advice
 

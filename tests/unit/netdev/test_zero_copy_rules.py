@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from mpassthru.netdev import ZERO_COPY, Interface, Offloads, QueueCounts, Refusal, XdpFeatures, zero_copy_rules
-from mpassthru.netdev.pci import dma_is_bounced, virtio_header_bytes
+from mpassthru.netdev.pci import dma_is_bounced, virtio_header_bytes, virtio_uses_dma_api
 from mpassthru.netdev.zero_copy import ROOM_STEP_BYTES
 from mpassthru.rules import ZeroCopyRules
 
@@ -81,6 +81,7 @@ def test_operators_promise_lowers_the_bound_and_never_raises_it() -> None:
     [
         ({"driver": "veth", "xdp_features": None}, "has no zero-copy"),
         ({"xdp_features": XdpFeatures(native=True, zero_copy=False, zero_copy_max_segments=1)}, "has no zero-copy"),
+        ({"driver": "virtio_net", "virtio_dma_api": False}, "iommu_platform=on"),
         ({"driver": "newnic"}, "nobody has yet read how far newnic"),
         ({"driver": "gve"}, "nobody has yet read how far gve"),
         ({"mtu_bytes": 1509}, "'ip link set dev eth9 mtu 1508'"),
@@ -143,3 +144,12 @@ def test_virtio_header_follows_from_the_negotiated_features(
     assert virtio_header_bytes("0000:00:03.0", devices=tmp_path) == header_bytes
     assert virtio_header_bytes("0000:00:04.0", devices=tmp_path) is None
     assert virtio_header_bytes(None, devices=tmp_path) is None
+
+
+@pytest.mark.parametrize("bits", [(32,), (32, 33)])
+def test_virtio_device_with_platform_addresses_is_driven_by_the_dma_api(tmp_path: Path, bits: tuple[int, ...]) -> None:
+    folder = tmp_path / "0000:00:03.0/virtio2"
+    folder.mkdir(parents=True)
+    (folder / "features").write_text("".join("1" if bit in bits else "0" for bit in range(64)) + "\n")
+    assert virtio_uses_dma_api("0000:00:03.0", devices=tmp_path) is (33 in bits)
+    assert virtio_uses_dma_api("0000:00:04.0", devices=tmp_path) is None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
@@ -12,6 +14,7 @@ from types import ModuleType
 
 import pytest
 
+UNPRIVILEGED = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
 TOOLS = Path(__file__).resolve().parents[3] / "tools"
 
 
@@ -80,6 +83,19 @@ def test_mirrors_are_read_from_both_forms_of_apt_sources(tmp_path: Path, monkeyp
         ("http://a.example/debian", "one-updates"),
         ("http://e.example/debian", "two"),
     ]
+
+
+def test_setup_in_a_tree_of_somebody_else_is_one_line(tmp_path: Path) -> None:
+    """As a user who may not write there; to be one, an unprivileged process is enough."""
+    (tmp_path / "tools").mkdir()
+    shutil.copy(TOOLS / "setup", tmp_path / "tools")
+    tmp_path.chmod(0o555)
+    command = [*(UNPRIVILEGED if os.geteuid() == 0 else ()), str(tmp_path / "tools/setup")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"setup: cannot write to {tmp_path} as ")
 
 
 def test_setup_packages_are_one_a_line_and_sorted_by_section() -> None:

@@ -20,10 +20,11 @@ class FakeEvent:
 
 @dataclass
 class FakeEngine:
-    """`attach_errors` are raised by the next attaches, one each; `held` operations do not end."""
+    """`attach_errors` and `start_errors` are those of the next operations, one each; `held` operations do not end."""
 
     calls: list[str] = field(default_factory=list)
     attach_errors: list[Exception] = field(default_factory=list)
+    start_errors: list[Exception] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
     attached: set[int] = field(default_factory=set)
     zero_copy: bool = False
@@ -58,7 +59,7 @@ class FakeEngine:
         return self._operation(f"detach {queue_pair}")
 
     def start_vring(self, index: int, config: object) -> int:
-        return self._operation(f"start {index}")
+        return self._operation(f"start {index}", error=self.start_errors.pop(0) if self.start_errors else None)
 
     def stop_vring(self, index: int) -> int:
         busy = self.kernel_has_buffers and index // 2 in self.attached

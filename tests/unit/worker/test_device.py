@@ -14,14 +14,15 @@ from fake_engine import FakeEngine
 
 from mpassthru import control
 from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage
-from mpassthru.errors import HostError, RefusedError
+from mpassthru.errors import HostError, QueueFault, RefusedError
 from mpassthru.vhost_user import MemoryRegion, VirtioFeature
 from mpassthru.vhost_user.device import Vring
 from mpassthru.worker import device as device_module
 from mpassthru.worker.async_engine import AsyncEngine
-from mpassthru.worker.device import PortDevice, check_memlock, rarp_frame
+from mpassthru.worker.device import PortDevice, rarp_frame
 from mpassthru.worker.socket_client import SocketClient
 
+TIMEOUT_S = 5.0
 MAC = bytes.fromhex("525400123456")
 VRING = Vring(
     size=256,
@@ -97,8 +98,9 @@ async def bench() -> AsyncIterator[Bench]:
 
 
 async def heard(bench: Bench, *names: str) -> None:
-    while bench.heard != list(names):  # noqa: ASYNC110 - a list wakes nobody
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(TIMEOUT_S):
+        while bench.heard != list(names):  # noqa: ASYNC110 - a list wakes nobody
+            await asyncio.sleep(0.001)
 
 
 async def test_first_vring_of_a_pair_brings_a_socket_that_is_steered_to_before_the_start(bench: Bench) -> None:
@@ -126,6 +128,39 @@ async def test_bind_error_ends_the_start_with_its_errno(bench: Bench) -> None:
     assert bench.engine.calls == ["attach 0"]
 
 
+async def test_socket_that_cannot_be_bound_is_given_back_by_the_broker_too(bench: Bench) -> None:
+    bench.engine.attach_errors = [HostError(16, "another socket owns this queue")]
+
+    with pytest.raises(HostError):
+        await bench.device.start_vring(0, VRING)
+
+    await heard(bench, "SocketWanted", "SocketReleased")
+
+
+async def test_start_that_is_cancelled_while_binding_gives_the_socket_back(bench: Bench) -> None:
+    bench.engine.held = {"attach"}
+    starting = asyncio.create_task(bench.device.start_vring(0, VRING))
+    while "attach 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    bench.engine.attached.clear()
+
+    starting.cancel()
+
+    await heard(bench, "SocketWanted", "SocketReleased")
+
+
+async def test_start_that_failed_leaves_nothing_running(bench: Bench) -> None:
+    bench.engine.start_errors = [QueueFault("ring outside memory")]
+    with pytest.raises(QueueFault):
+        await bench.device.start_vring(0, VRING)
+    assert bench.notices == []
+    assert not bench.device.looks_unshared()
+
+    await bench.device.start_vring(0, VRING)
+
+    assert bench.notices == ["running"]
+
+
 async def test_socket_that_cannot_be_steered_to_is_given_back(bench: Bench) -> None:
     bench.refuse = control.SocketRefused(queue_pair=0, errno=0, error="no slot")
 
@@ -133,6 +168,7 @@ async def test_socket_that_cannot_be_steered_to_is_given_back(bench: Bench) -> N
         await bench.device.start_vring(0, VRING)
 
     assert bench.engine.calls == ["attach 0", "detach 0"]
+    await heard(bench, "SocketWanted", "SocketBound", "SocketReleased")
 
 
 async def test_stop_returns_the_base_and_keeps_the_socket_where_the_engine_does(bench: Bench) -> None:
@@ -151,6 +187,52 @@ async def test_stop_of_a_queue_with_buffers_in_the_kernel_closes_the_socket_firs
 
     assert bench.engine.calls[-3:] == ["stop 0", "detach 0", "stop 0"]
     await heard(bench, "SocketWanted", "SocketBound", "SocketReleased")
+
+
+@pytest.fixture
+def _attached_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "ATTACH_AGAIN_AFTER_S", 0.001)
+
+
+@pytest.mark.usefixtures("_attached_again_at_once")
+async def test_virtqueue_whose_pair_lost_its_socket_gets_a_new_one(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    await bench.device.start_vring(1, VRING)
+    bench.engine.kernel_has_buffers = True
+
+    await bench.device.stop_vring(0)
+
+    await heard(bench, "SocketWanted", "SocketBound", "SocketReleased", "SocketWanted", "SocketBound")
+    assert bench.engine.calls[-3:] == ["detach 0", "stop 0", "attach 0"]
+
+
+@pytest.mark.usefixtures("_attached_again_at_once")
+async def test_virtqueue_that_cannot_have_a_new_socket_is_told_of(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    await bench.device.start_vring(1, VRING)
+    bench.engine.kernel_has_buffers = True
+    bench.engine.attach_errors = [HostError(16, "another socket owns this queue")]
+
+    await bench.device.stop_vring(0)
+
+    await heard(bench, "SocketWanted", "SocketBound", "SocketReleased", "SocketWanted", "SocketReleased")
+    assert (
+        bench.notices[-1] == "queue pair 0 stands still until a virtqueue of it starts: another socket owns this queue"
+    )
+
+
+@pytest.mark.usefixtures("_attached_again_at_once")
+async def test_no_new_socket_for_a_pair_that_was_stopped_as_a_whole(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    await bench.device.start_vring(1, VRING)
+    bench.engine.kernel_has_buffers = True
+    others = asyncio.all_tasks()
+
+    await bench.device.stop_vring(0)
+    await bench.device.stop_vring(1)
+    await asyncio.gather(*asyncio.all_tasks() - others)
+
+    assert bench.engine.calls.count("attach 0") == 1
 
 
 async def test_stop_after_a_start_that_was_cancelled_early_does_not_reach_the_engine(bench: Bench) -> None:
@@ -232,19 +314,3 @@ def test_multiqueue_is_offered_only_with_several_queues() -> None:
 )
 def test_what_is_not_built_is_not_offered(feature: str) -> None:
     assert not device_module.FEATURES & VirtioFeature[feature]
-
-
-def test_memory_beyond_the_memlock_limit_is_refused_before_anything_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "memlock_limit_bytes", lambda: 8 << 20)
-    monkeypatch.setattr(device_module, "effective_capabilities", set[int])
-
-    check_memlock(8 << 20)
-    with pytest.raises(RefusedError, match="cannot pin 64 MiB of guest memory: the memlock limit is 8 MiB"):
-        check_memlock(64 << 20)
-
-
-def test_memory_beyond_the_memlock_limit_is_fine_with_ipc_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "memlock_limit_bytes", lambda: 8 << 20)
-    monkeypatch.setattr(device_module, "effective_capabilities", lambda: {14})
-
-    check_memlock(1 << 40)

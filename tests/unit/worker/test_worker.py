@@ -145,6 +145,16 @@ async def test_host_error_of_a_queue_pair_is_told_and_the_engine_left_to_recover
     assert bench.engine.calls == []
 
 
+async def test_broker_that_does_not_read_ends_the_worker(bench: Bench) -> None:
+    for _ in range(10_000):
+        bench.engine.emit(FakeEvent(kind="fault", vring=1, error=QueueFault("chain loops")))
+
+    with pytest.raises(ControlError, match="cannot send Fault"):
+        await bench.ended()
+
+    assert bench.engine.closed
+
+
 async def test_nonsense_from_the_broker_ends_the_worker(bench: Bench) -> None:
     bench.broker.send(CONFIGURATION)
 
