@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FUZZER = Path(__file__).resolve().parents[3] / "fuzz/messages.py"
-CASES = 20_000
+CASES = 5_000
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use super::{racing_ring_case, ring_case};
 
-const RANDOM_CASES: u64 = 3000;
-const RACING_CASES: u64 = 200;
+const RANDOM_CASES: u64 = 1500;
+const RACING_CASES: u64 = 50;
 
 /// The bytes of random case `number` (splitmix64).
 fn random_bytes(number: u64) -> Vec<u8> {
