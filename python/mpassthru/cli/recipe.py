@@ -24,13 +24,14 @@ class GuestRecipe:
         """Options for a QEMU command line; guest memory has to be shared, huge pages are optional but better."""
         multiqueue = f",mq=on,vectors={2 * self.queue_pairs + 2}" if self.queue_pairs > 1 else ""
         queues = f",queues={self.queue_pairs}" if self.queue_pairs > 1 else ""
-        listen = ",server=on,wait=off" if self.frontend_listens else ""
+        connection = "server=on,wait=off" if self.frontend_listens else "reconnect=1"
         mac = f",mac={self.mac}" if self.mac else ""
         return " \\\n".join(
             (
+                "  -accel kvm -cpu host",
                 f"  -m {self.guest_size} -object memory-backend-memfd,id=mem0,size={self.guest_size},share=on",
                 "  -machine memory-backend=mem0",
-                f"  -chardev socket,id=mpassthru0,path={_qemu_value(self.socket_path)}{listen}",
+                f"  -chardev socket,id=mpassthru0,path={_qemu_value(self.socket_path)},{connection}",
                 f"  -netdev vhost-user,id=net0,chardev=mpassthru0{queues}",
                 f"  -device virtio-net-pci,netdev=net0{mac},host_mtu={self.mtu_bytes}{multiqueue}",
             )
@@ -40,10 +41,12 @@ class GuestRecipe:
         """Elements for a libvirt domain."""
         path = quoteattr(str(self.socket_path))
         lines = [
+            "<!-- in <domain>: -->",
             "<memoryBacking>",
             "  <source type='memfd'/>",
             "  <access mode='shared'/>",
             "</memoryBacking>",
+            "<!-- in <devices>: -->",
             "<interface type='vhostuser'>",
             *([f"  <mac address={quoteattr(self.mac)}/>"] if self.mac else []),
             *self._libvirt_source(path),
@@ -58,8 +61,9 @@ class GuestRecipe:
         """Both, with headings."""
         return (
             f"QEMU:\n{self.qemu_options()}\n"
-            f"  (hugetlb=on,hugetlbsize=2M in the memory back-end makes it faster; {self._survival()})\n"
+            "  (hugetlb=on,hugetlbsize=2M in the memory back-end makes it faster)\n"
             "  (without KVM, QEMU 7.2 crashes on MSI-X of a vhost-user device: give virtio-net-pci vectors=0)\n"
+            f"{self._survival()}"
             f"libvirt:\n{self.libvirt_xml()}"
         )
 
@@ -73,9 +77,7 @@ class GuestRecipe:
         ]
 
     def _survival(self) -> str:
-        if self.frontend_listens:
-            return "mpassthru connects again by itself"
-        return "to survive a restart of mpassthru add reconnect=1 to the chardev, from QEMU 9.2 on reconnect-ms=1000"
+        return "" if self.frontend_listens else "  (from QEMU 9.2 on: reconnect-ms=1000 instead of reconnect=1)\n"
 
 
 def _qemu_value(path: Path) -> str:

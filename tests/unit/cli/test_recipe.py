@@ -26,9 +26,10 @@ FULL = replace(
 
 def test_qemu_options_of_a_plain_guest() -> None:
     assert PLAIN.qemu_options() == (
+        "  -accel kvm -cpu host \\\n"
         "  -m 4G -object memory-backend-memfd,id=mem0,size=4G,share=on \\\n"
         "  -machine memory-backend=mem0 \\\n"
-        "  -chardev socket,id=mpassthru0,path=/run/mpassthru/vm1.sock \\\n"
+        "  -chardev socket,id=mpassthru0,path=/run/mpassthru/vm1.sock,reconnect=1 \\\n"
         "  -netdev vhost-user,id=net0,chardev=mpassthru0 \\\n"
         "  -device virtio-net-pci,netdev=net0,host_mtu=1500"
     )
@@ -36,6 +37,7 @@ def test_qemu_options_of_a_plain_guest() -> None:
 
 def test_qemu_options_with_everything() -> None:
     assert FULL.qemu_options() == (
+        "  -accel kvm -cpu host \\\n"
         "  -m 4G -object memory-backend-memfd,id=mem0,size=4G,share=on \\\n"
         "  -machine memory-backend=mem0 \\\n"
         "  -chardev socket,id=mpassthru0,path=/run/a,,b & 'c'.sock,server=on,wait=off \\\n"
@@ -46,10 +48,12 @@ def test_qemu_options_with_everything() -> None:
 
 def test_libvirt_xml_of_a_plain_guest() -> None:
     assert PLAIN.libvirt_xml() == (
+        "  <!-- in <domain>: -->\n"
         "  <memoryBacking>\n"
         "    <source type='memfd'/>\n"
         "    <access mode='shared'/>\n"
         "  </memoryBacking>\n"
+        "  <!-- in <devices>: -->\n"
         "  <interface type='vhostuser'>\n"
         "    <source type='unix' path=\"/run/mpassthru/vm1.sock\" mode='client'>\n"
         "      <reconnect enabled='yes' timeout='1'/>\n"
@@ -78,3 +82,14 @@ def test_recipe_says_what_helps_without_kvm() -> None:
     assert (
         "without KVM, QEMU 7.2 crashes on MSI-X of a vhost-user device: give virtio-net-pci vectors=0" in PLAIN.text()
     )
+
+
+def test_recipe_names_the_newer_option_where_the_older_one_is_used() -> None:
+    assert "reconnect-ms=1000 instead of reconnect=1" in PLAIN.text()
+    assert "reconnect" not in FULL.text()
+
+
+def test_readme_shows_the_recipe_that_is_printed() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+
+    assert replace(PLAIN, socket_path=Path("/run/vm1.sock")).qemu_options() in readme
