@@ -106,7 +106,6 @@ def test_doctor_finds_a_veth_in_order_and_a_busy_one_not(veth: Namespace) -> Non
     assert {check.name for check in report.checks if check.status == "fail"} == {
         "XDP program",
         "AF_XDP sockets",
-        "mode",
     }
 
 
