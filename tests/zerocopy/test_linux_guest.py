@@ -1,17 +1,19 @@
-"""An unmodified Linux guest in zero-copy mode: by default its buffers are too short, with hash=on they are not.
+"""An unmodified Linux guest in zero-copy mode: with hash=on its buffers are long enough, else they become so.
+
 
 A guest in QEMU in a machine in QEMU, without KVM: it takes a minute to boot, and so there is one of each kind only.
 """
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from zero_copy_port import ZeroCopyPort, difference
 
+from conftest import DRIVERS
+from mpassthru.testing.child import run_child
 from mpassthru.testing.initramfs import GuestKernel
 from mpassthru.testing.qemu import QemuGuest
 from mpassthru.testing.qemu_config import GuestConfig, GuestNic, VhostUserBackend
@@ -29,24 +31,26 @@ PAYLOAD_BYTES = 1472
 async def test_frames_go_direct_if_the_guests_buffers_are_long_enough(
     port: ZeroCopyPort, hash_report: str, record_figure: Callable[[str, object], None]
 ) -> None:
-    subprocess.run(["ip", "address", "replace", "10.9.0.1/24", "dev", f"{port.ifname}-peer"], check=True)  # noqa: ASYNC221
+    network = f"10.9.{DRIVERS.index(port.ifname)}"
+    await run_child("ip", "address", "replace", f"{network}.1/24", "dev", f"{port.ifname}-peer")
     nic = GuestNic(backend=VhostUserBackend(socket_path=port.socket_path), properties={"hash": hash_report})
     config = GuestConfig(
         kernel=GuestKernel.find(KERNEL), nics=(nic,), memory_mib=256, cpus=1, hugepages=True, accelerator="tcg"
     )
     before = await port.figures()
     async with QemuGuest(config, boot_timeout_s=BOOT_TIMEOUT_S) as guest:
-        await guest.run("ip address add 10.9.0.2/24 dev eth0; ip link set dev eth0 up", timeout_s=60)
+        await guest.run(f"ip address add {network}.2/24 dev eth0; ip link set dev eth0 up", timeout_s=60)
         features = (await guest.run("cat /sys/class/net/eth0/device/features", timeout_s=60)).output.strip()
-        pinged = await guest.run(f"ping -c {PINGS} -i 0.2 -s {PAYLOAD_BYTES} 10.9.0.1", timeout_s=120)
+        pinged = await guest.run(f"ping -c {PINGS} -i 0.2 -s {PAYLOAD_BYTES} {network}.1", timeout_s=120)
     rx, tx = (difference(now, then) for now, then in zip(await port.figures(), before, strict=True))
-    print(pinged.output, features, rx, tx)
     assert f"{PINGS} packets received" in pinged.output
     assert features[57] == ("1" if hash_report == "on" else "0")
     assert tx.direct / tx.frames > 0.9
     if hash_report == "on":
         assert rx.direct / rx.frames >= 0.95
     else:
-        assert rx.bounced["short_buffer"] == rx.frames
+        # The driver makes its buffers as long as the frames that it saw: those posted first are too short.
+        assert rx.bounced.keys() == {"short_buffer"}
+        assert rx.direct > 0
     record_figure(f"{port.ifname}.linux-6.1-hash-{hash_report}.rx_direct_share", rx.direct / rx.frames)
     record_figure(f"{port.ifname}.linux-6.1-hash-{hash_report}.tx_direct_share", tx.direct / tx.frames)

@@ -42,7 +42,9 @@ async def test_stopped_queue_is_not_written_to_under_flood(
             for _ in range(stops):
                 guest.start(rx="sink")
                 received = guest.counters().rx_frames
-                await guest.wait_for(lambda c, received=received: c.rx_frames > received + FRAMES_BEFORE_STOP, deadline_s=20)
+                await guest.wait_for(
+                    lambda c, received=received: c.rx_frames > received + FRAMES_BEFORE_STOP, deadline_s=20
+                )
                 stop_s = time.monotonic()
                 await guest.stop()
                 slowest_stop_s = max(slowest_stop_s, time.monotonic() - stop_s)
