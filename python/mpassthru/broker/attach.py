@@ -31,6 +31,7 @@ from mpassthru.netdev import (
     check_queue,
     format_bytes,
     frame_max_bytes,
+    other_queues_warning,
     read_interface,
     umem_cost,
     warnings_for,
@@ -182,6 +183,8 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
     uid, gid = worker_ids(options.user)
     cost = cost_line(options.guest_bytes, options.queues, zero_copy=rules is not None)
     notices = [steering_notice(interface.name, options.steer)] if options.steer.kind == "mac" else []
+    if (spread := other_queues_warning(interface, queue_ids)) is not None:
+        notices.append(spread)
     for line in (cost, *warnings_for(interface), *notices):
         view.say(line)
     with contextlib.ExitStack() as undo:

@@ -4,7 +4,14 @@ Read an interface with `read_interface`, judge it with `checks`, price a guest w
 """
 
 from mpassthru.netdev.af_xdp import bind_error, open_xsk_socket, probe_bind
-from mpassthru.netdev.checks import FRAME_MAX_BYTES, MTU_MAX_BYTES, check_queue, frame_max_bytes, warnings_for
+from mpassthru.netdev.checks import (
+    FRAME_MAX_BYTES,
+    MTU_MAX_BYTES,
+    check_queue,
+    frame_max_bytes,
+    other_queues_warning,
+    warnings_for,
+)
 from mpassthru.netdev.drivers import NO_ZERO_COPY, ZERO_COPY, DriverFacts
 from mpassthru.netdev.facts import (
     Interface,
@@ -41,6 +48,7 @@ __all__ = [
     "kernel_version",
     "no_such_interface",
     "open_xsk_socket",
+    "other_queues_warning",
     "probe_bind",
     "read_interface",
     "umem_cost",

@@ -50,6 +50,23 @@ def check_queue(interface: Interface, queue_id: int) -> None:
         )
 
 
+def other_queues_warning(interface: Interface, queue_ids: tuple[int, ...]) -> str | None:
+    """What to do where a NIC spreads frames over more queues than the guest has; None where it does not.
+
+    A NIC chooses the queue by a hash of each frame's addresses and ports: what falls on a queue that is not the guest's
+    goes to the host.
+    """
+    others = interface.queues.rx - len(queue_ids)
+    if others <= 0:
+        return None
+    first, name = queue_ids[0], interface.name
+    start = f" start {first}" if first else ""
+    return (
+        f"{name} has {others} more queue(s), and its NIC spreads frames over all of them: to give the guest every frame, "
+        f"'ethtool -X {name}{start} equal {len(queue_ids)}'; to give it some, 'ethtool -N {name}'"
+    )
+
+
 def warnings_for(interface: Interface) -> list[str]:
     """What will not stop a guest from being attached, but from getting its frames whole. One line each."""
     name = interface.name

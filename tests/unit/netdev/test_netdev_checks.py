@@ -23,6 +23,7 @@ from mpassthru.netdev import (
     format_bytes,
     frame_max_bytes,
     kernel_version,
+    other_queues_warning,
     read_interface,
     umem_cost,
     warnings_for,
@@ -198,3 +199,16 @@ def test_queue_that_cannot_send_is_refused_because_the_kernel_would_swallow_its_
     check_queue(lopsided, 1)
     with pytest.raises(RefusedError, match=r"queue 2 .*only 2 transmit"):
         check_queue(lopsided, 2)
+
+
+@pytest.mark.parametrize(
+    ("queue_ids", "command"), [((0,), "'ethtool -X eth9 equal 1'"), ((2, 3), "'ethtool -X eth9 start 2 equal 2'")]
+)
+def test_queues_beside_the_guests_are_warned_of_with_the_command(queue_ids: tuple[int, ...], command: str) -> None:
+    interface = but(queues=QueueCounts(rx=4, tx=4, rx_max=8, tx_max=8))
+    assert command in (other_queues_warning(interface, queue_ids) or "")
+
+
+def test_guest_that_has_all_queues_gets_all_frames() -> None:
+    interface = but(queues=QueueCounts(rx=2, tx=2, rx_max=8, tx_max=8))
+    assert other_queues_warning(interface, (0, 1)) is None
