@@ -56,19 +56,18 @@ class Report:
         self._path.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def pytest_configure() -> None:
-    """Undo what a shell does to jobs in the background: programs under test are to get SIGINT and SIGHUP."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--report PATH`."""
     parser.addoption("--report", type=Path, default=None, help="write outcomes and measured figures to this JSON file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the report, if one is asked for."""
+    """Start the report, if one is asked for, and undo what a shell does to jobs in the background.
+
+    Such a job ignores SIGINT, and so would the programs that tests start and interrupt.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     path: Path | None = config.getoption("--report")
     if path is not None:
         config.pluginmanager.register(Report(path), "mpassthru-report")
