@@ -62,8 +62,8 @@ def other_queues_warning(interface: Interface, queue_ids: tuple[int, ...]) -> st
     first, name = queue_ids[0], interface.name
     start = f" start {first}" if first else ""
     return (
-        f"{name} has {others} more queue(s), and its NIC spreads frames over all of them: to give the guest every frame, "
-        f"'ethtool -X {name}{start} equal {len(queue_ids)}'; to give it some, 'ethtool -N {name}'"
+        f"{name} has {others} more queue(s), and its NIC spreads frames over all of them: to give the guest every "
+        f"frame, 'ethtool -X {name}{start} equal {len(queue_ids)}'; to give it some, 'ethtool -N {name}'"
     )
 
 
