@@ -1,6 +1,5 @@
 """An unmodified Linux guest in zero-copy mode: with hash=on its buffers are long enough, else they become so.
 
-
 A guest in QEMU in a machine in QEMU, without KVM: it takes a minute to boot, and so there is one of each kind only.
 """
 
