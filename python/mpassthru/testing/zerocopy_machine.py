@@ -146,7 +146,8 @@ mount -t tmpfs tmp /changes
 mkdir /changes/upper /changes/work
 mount -t overlay -o lowerdir=/host,upperdir=/changes/upper,workdir=/changes/work overlay /root
 for folder in proc sys dev; do mount --move /$folder /root/$folder; done
-for folder in tmp run; do mount -t tmpfs tmp /root/$folder; done
+# /tmp stays that of the overlay: the repository may lie below it.
+mount -t tmpfs tmp /root/run; chmod 1777 /root/tmp
 mkdir -p /root/dev/shm && mount -t tmpfs tmp /root/dev/shm
 mount -t bpf bpf /root/sys/fs/bpf
 {share}
