@@ -10,7 +10,7 @@ UNPRIVILEGED := $(if $(filter 0,$(shell id -u)),setpriv --bounding-set=-all --in
 
 # A command in the zero-copy test machine, which finds this tree at the same path. No KVM is needed.
 IN_MACHINE = mkdir -p build/reports && .venv/bin/python -m mpassthru.testing.zerocopy_machine $$(tools/zerocopy-machine) \
-    --share build/reports --
+    --share build/reports --timeout 1800 --
 
 .PHONY: help setup check test test-unit test-netns test-guest test-virtio-user test-zerocopy test-zerocopy-quick fuzz demo clean
 

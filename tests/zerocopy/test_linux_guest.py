@@ -30,6 +30,8 @@ PAYLOAD_BYTES = 1472
 async def test_frames_go_direct_if_the_guests_buffers_are_long_enough(
     port: ZeroCopyPort, hash_report: str, record_figure: Callable[[str, object], None]
 ) -> None:
+    if (port.ifname, hash_report) == ("igb", "off"):
+        pytest.skip("as with the other NIC, and a minute long")
     network = f"10.9.{DRIVERS.index(port.ifname)}"
     await run_child("ip", "address", "replace", f"{network}.1/24", "dev", f"{port.ifname}-peer")
     if port.ifname == "igb":  # it has two queues, and spreads IPv4 over them

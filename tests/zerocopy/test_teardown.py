@@ -18,7 +18,7 @@ from mpassthru.testing.guest_config import BufferLayout, Pattern
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
 
 FRAMES_BEFORE_STOP = 100
-WATCH_S = 0.12
+WATCH_S = 0.1
 FLOOD_FRAMES = 100_000_000
 FILLING = b"\xa5"
 ROOM_BYTES = 1600
