@@ -146,6 +146,12 @@ class QemuGuest:
             raise ChildError(f"`{command}` failed in the guest ({result.exit_status}): {last_lines(output)}")
         return result
 
+    async def kill(self) -> None:
+        """SIGKILL QEMU and wait until it is gone; harmless if it is gone already."""
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+
     async def _lost(self, command: str) -> ChildError:
         """Return the error that says how QEMU ended, once it did."""
         status = await self._process.wait()
