@@ -56,6 +56,7 @@ test-virtio-user: setup ## DPDK's virtio-user driver as the guest; FRAMES=N for 
 	@$(PYTEST) -q --report build/reports/$@.json $(if $(FRAMES),--frames $(FRAMES)) tests/virtio_user
 
 test-zerocopy: setup ## Zero-copy drivers (virtio_net, igb) in a machine of QEMU's, with 200,000 frames and 200 stops each
+	@tools/guest-kernel >/dev/null
 	@$(IN_MACHINE) $(PYTEST) -v -p no:cacheprovider --report build/reports/$@.json tests/zerocopy
 
 test-zerocopy-quick: setup ## The short form of test-zerocopy
