@@ -12,7 +12,7 @@ UNPRIVILEGED := $(if $(filter 0,$(shell id -u)),setpriv --bounding-set=-all --in
 IN_MACHINE = mkdir -p build/reports && .venv/bin/python -m mpassthru.testing.zerocopy_machine $$(tools/zerocopy-machine) \
     --share build/reports --timeout 1800 --
 
-.PHONY: help setup check test test-unit test-netns test-guest test-virtio-user test-zerocopy test-zerocopy-quick fuzz demo clean
+.PHONY: help setup check test test-unit test-netns test-guest test-virtio-user test-zerocopy test-zerocopy-quick test-soak fuzz soak demo clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,10 +60,21 @@ test-zerocopy: setup ## Zero-copy drivers (virtio_net, igb) in a machine of QEMU
 	@$(IN_MACHINE) $(PYTEST) -v -p no:cacheprovider --report build/reports/$@.json tests/zerocopy
 
 test-zerocopy-quick: setup ## The short form of test-zerocopy
-	@$(IN_MACHINE) $(PYTEST) -q -p no:cacheprovider --report build/reports/$@.json -m 'not long' tests/zerocopy
+	@$(IN_MACHINE) $(PYTEST) -q -p no:cacheprovider --report build/reports/$@.json -m 'not long and not soak' tests/zerocopy
 
 fuzz: setup ## Ten million cases of descriptor rings, one million of vhost-user messages; fuzz/README.md has shorter runs
 	@.venv/bin/python fuzz/run.py
+
+test-soak: setup ## The long forms of all tests that search, those marked soak (root)
+	@tools/guest-kernel >/dev/null
+	@$(PYTEST) -v -m soak --report build/reports/$@.json tests/unit tests/netns tests/guest tests/virtio_user
+
+soak: setup ## Everything that takes hours: test-soak, fuzz, ten million virtio-user frames, long zero-copy tests (root)
+	@$(RUN_STEPS) $@ \
+	    '$(MAKE) test-soak' \
+	    '$(MAKE) test-virtio-user FRAMES=10000000' \
+	    '$(MAKE) test-zerocopy' \
+	    '$(MAKE) fuzz'
 
 demo: setup ## Real traffic through a port, with the built-in guest; GUEST=qemu for a Linux guest (root)
 	@$(if $(filter qemu,$(GUEST)),tools/guest-kernel >/dev/null)

@@ -236,5 +236,11 @@ class SessionModel(RuleBasedStateMachine):
         assert open_fds() <= self.before
 
 
+class SessionModelForLong(SessionModel):
+    """The same, with more of it."""
+
+
 TestSessionModel = pytest.mark.slow(SessionModel.TestCase)
 TestSessionModel.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestSessionModelForLong = pytest.mark.soak(pytest.mark.timeout(3600)(SessionModelForLong.TestCase))
+TestSessionModelForLong.settings = settings(max_examples=5000, stateful_step_count=100, deadline=None)
