@@ -98,8 +98,8 @@ class Event:
     kind:
         ``completed``: the operation `token` ended; `value` is its result, or `error` is set.
         ``fault``: virtqueue `vring` was stopped; `error` is a QueueFault.
-        ``kicked-empty``: virtqueue `vring` was kicked while its rings hold nothing but zeros (told once per start):
-            if that lasts, the front-end's memory is not shared with us.
+        ``kicked-empty``: virtqueue `vring` was kicked twice while its rings held nothing but zeros (told once): if that
+            lasts, the front-end's memory is not shared with us.
         ``host-error``: the socket of queue pair `vring` // 2 no longer works; `error` is a HostError.
     """
 

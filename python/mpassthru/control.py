@@ -30,7 +30,7 @@ Mode = Literal["auto", "zero-copy", "copy"]
 SocketMode = Literal["zero-copy", "copy"]
 PollMode = Literal["busy", "adaptive", "interrupt"]
 GuestState = Literal["waiting", "connected", "running"]
-"""`waiting` for a front-end; `connected` to one; `running`: at least one virtqueue has been started."""
+"""`waiting` for a front-end; `connected` to one; `running`: at least one virtqueue runs."""
 
 
 class ControlError(MpassthruError):

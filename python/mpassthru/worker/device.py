@@ -69,7 +69,8 @@ class PortDevice:
         engine: The data plane.
         sockets: Where AF_XDP sockets come from.
         configuration: Interface, queues and limits.
-        on_running: Called when the first virtqueue has started after none was.
+        on_running: Called with True when a virtqueue has started and none ran before, with False when the last has
+            stopped.
         notice: Called with one line for the user.
     """
 
@@ -79,7 +80,7 @@ class PortDevice:
         sockets: SocketClient,
         configuration: Configure,
         *,
-        on_running: Callable[[], None],
+        on_running: Callable[[bool], None],
         notice: Callable[[str], None],
     ) -> None:
         self.queue_pairs_max = len(configuration.queue_ids)
@@ -145,7 +146,7 @@ class PortDevice:
             del self._running[index]
             raise
         if first:
-            self._on_running()
+            self._on_running(True)
 
     async def stop_vring(self, index: int) -> int:
         """Stop a virtqueue; its base is returned when every buffer has come back and no NIC can write to one.
@@ -155,7 +156,7 @@ class PortDevice:
         """
         if index not in self._running:
             return 0  # its start was cancelled before the engine heard of it
-        del self._running[index]
+        self._forget_running(index)
         try:
             return await self._engine.stop_vring(index)
         except HostError as error:
@@ -207,8 +208,14 @@ class PortDevice:
 
     async def reset(self) -> None:
         """Close every socket; the session has stopped the virtqueues."""
-        self._running.clear()
+        for index in tuple(self._running):
+            self._forget_running(index)
         await self._detach_sockets()
+
+    def _forget_running(self, index: int) -> None:
+        del self._running[index]
+        if not self._running:
+            self._on_running(False)
 
     async def give_up_socket(self, queue_pair: int) -> None:
         """Close a socket; its virtqueues stay, and its buffers go back to them when they stop or get a new one.

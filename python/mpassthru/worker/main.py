@@ -57,7 +57,7 @@ class Worker:
             self._engine,
             self._sockets,
             configuration,
-            on_running=lambda: self._tell_state("running"),
+            on_running=lambda running: self._tell_state("running" if running else "connected"),
             notice=self._notice,
         )
         self._backend = Backend(self._device)

@@ -86,7 +86,11 @@ async def bench() -> AsyncIterator[Bench]:
     engine = AsyncEngine(cast(Any, fake), lambda event: None)
     notices: list[str] = []
     device = PortDevice(
-        engine, client, configuration(), on_running=lambda: notices.append("running"), notice=notices.append
+        engine,
+        client,
+        configuration(),
+        on_running=lambda running: notices.append("running" if running else "idle"),
+        notice=notices.append,
     )
     bench = Bench(device, fake, broker, notices, [])
     playing = asyncio.create_task(bench.play_broker(client, far))
@@ -177,6 +181,16 @@ async def test_stop_returns_the_base_and_keeps_the_socket_where_the_engine_does(
     assert await bench.device.stop_vring(1) == 42
 
     assert "SocketReleased" not in bench.heard
+
+
+async def test_device_says_when_its_last_virtqueue_has_stopped(bench: Bench) -> None:
+    for index in (0, 1):
+        await bench.device.start_vring(index, VRING)
+    await bench.device.stop_vring(0)
+    assert bench.notices == ["running"]
+
+    await bench.device.stop_vring(1)
+    assert bench.notices == ["running", "idle"]
 
 
 async def test_stop_of_a_queue_with_buffers_in_the_kernel_closes_the_socket_first(bench: Bench) -> None:
@@ -302,7 +316,7 @@ def test_rarp_frame_has_the_layout_of_rfc_903() -> None:
 def test_multiqueue_is_offered_only_with_several_queues() -> None:
     def features(queues: int) -> int:
         return PortDevice(
-            cast(Any, None), cast(Any, None), configuration(queues), on_running=lambda: None, notice=print
+            cast(Any, None), cast(Any, None), configuration(queues), on_running=lambda _: None, notice=print
         ).features
 
     assert not features(1) & VirtioFeature.VIRTIO_NET_F_MQ

@@ -22,6 +22,9 @@ const COMPLETION_PERIOD: Duration = Duration::from_millis(1);
 /// While the kernel refuses to send (interface down), it is asked again this often.
 const REFUSED_PERIOD: Duration = Duration::from_millis(100);
 
+/// QEMU kicks each queue once when it starts it; a driver, when it has put something there.
+const KICKS_TO_SUSPECT: u32 = 2;
+
 /// What other threads may look at.
 #[derive(Debug, Default)]
 pub(crate) struct PumpView {
@@ -71,8 +74,8 @@ pub(crate) struct Pump {
     tx_counts: Counts,
     /// The sending error reported last, so that it is reported once.
     reported_errno: Option<i32>,
-    /// Queues that were kicked while all zero, and were reported.
-    kicked_empty: [bool; 2],
+    /// How often each queue was kicked while all zero.
+    kicks_while_empty: [u32; 2],
     drain_deadline: Duration,
 }
 
@@ -99,7 +102,7 @@ impl Pump {
             rx_counts: Counts::default(),
             tx_counts: Counts::default(),
             reported_errno: None,
-            kicked_empty: [false; 2],
+            kicks_while_empty: [0; 2],
             drain_deadline: DRAIN_DEADLINE,
         }
     }
@@ -218,9 +221,11 @@ impl Pump {
         for ((index, vring), kicked) in vrings.into_iter().enumerate().zip([rx, tx]) {
             let Some(vring) = vring.filter(|_| kicked) else { continue };
             vring.kick.clear();
-            if !self.kicked_empty[index] && vring.queue.looks_unshared() {
-                self.kicked_empty[index] = true;
-                self.events.push(Event::KickedEmpty { vring: 2 * self.pair + index });
+            if self.kicks_while_empty[index] < KICKS_TO_SUSPECT && vring.queue.looks_unshared() {
+                self.kicks_while_empty[index] += 1;
+                if self.kicks_while_empty[index] == KICKS_TO_SUSPECT {
+                    self.events.push(Event::KickedEmpty { vring: 2 * self.pair + index });
+                }
             }
         }
     }
@@ -360,7 +365,7 @@ impl Pump {
         }
         let mut vring = Vring::new(memory, config)?;
         vring.queue.disable_kicks();
-        self.kicked_empty[usize::from(tx)] = false;
+        self.kicks_while_empty[usize::from(tx)] = 0;
         if tx {
             self.tx = Some(Tx::new(vring));
         } else {
