@@ -38,7 +38,10 @@ class MemoryRegion:
 
 @final
 class VringConfig:
-    """A virtqueue ready to run. Ring addresses are the front-end's (SET_VRING_ADDR); `call_fd`/`err_fd` may be -1."""
+    """A virtqueue ready to run. Ring addresses are the front-end's (SET_VRING_ADDR); `call_fd`/`err_fd` may be -1.
+
+    `record_fd`, if not -1, is a memfd with the record of what is in flight, `record_offset` bytes from its start.
+    """
 
     def __new__(
         cls,
@@ -53,6 +56,8 @@ class VringConfig:
         kick_fd: int,
         call_fd: int = -1,
         err_fd: int = -1,
+        record_fd: int = -1,
+        record_offset: int = 0,
     ) -> VringConfig: ...
 
 @final
@@ -142,7 +147,7 @@ class Engine:
         mode the NIC may write to them until the queue is seen free.
         """
     def start_vring(self, index: int, config: VringConfig) -> int:
-        """Start a virtqueue. Value: 0."""
+        """Start a virtqueue; value: the number of heads that an earlier back-end had in flight, by the record."""
     def stop_vring(self, index: int) -> int:
         """Stop a virtqueue; value: the ring base (next avail index).
 

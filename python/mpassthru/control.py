@@ -45,7 +45,10 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Configure(_Message, frozen=True):
-    """The first message: everything a worker is told about its port and about itself."""
+    """The first message: everything a worker is told about its port and about itself.
+
+    Carries one fd: the memory file of `mpassthru.inflight_records`.
+    """
 
     interface: str
     ifindex: int
@@ -150,6 +153,13 @@ class Fault(_Message, frozen=True):
     error: str
 
 
+class Resumed(_Message, frozen=True):
+    """A virtqueue goes on where an earlier worker ended, which had `buffers` of it."""
+
+    vring: int
+    buffers: int
+
+
 class Notice(_Message, frozen=True):
     """Something worth a line for the user that stopped nothing."""
 
@@ -165,7 +175,9 @@ class WorkerReport(_Message, frozen=True):
     tx: DirectionReport
 
 
-WorkerMessage = Ready | SocketWanted | SocketBound | SocketReleased | SessionChanged | Fault | Notice | WorkerReport
+WorkerMessage = (
+    Ready | SocketWanted | SocketBound | SocketReleased | SessionChanged | Fault | Resumed | Notice | WorkerReport
+)
 
 Outgoing = TypeVar("Outgoing", bound=_Message)
 Incoming = TypeVar("Incoming", bound=_Message)

@@ -105,6 +105,8 @@ class LineView:
         """Print the figures in one line."""
         rx, tx = self._meter.rates(report)
         state = f"{report.guest}/{report.mode}" if report.guest == "running" else report.guest
+        if report.worker != "ready":
+            state = f"worker {report.worker}"
         self.say(
             f"{report.interface} {state}: rx {_rate(rx)}, {_totals(report.rx)}; tx {_rate(tx)}, {_totals(report.tx)}"
         )
@@ -222,6 +224,8 @@ def _live_compact(report: AttachReport, rx: Rates, tx: Rates) -> Iterator[str]:
 
 
 def _title(report: AttachReport) -> str:
+    if report.worker != "ready":
+        return f"{report.interface}: worker {report.worker}, restarts {report.worker_restarts}, {report.xdp_mode} XDP"
     if report.guest != "running":
         return f"{report.interface}: guest {report.guest}, {report.xdp_mode} XDP"
     return f"{report.interface}: guest running, {report.mode} mode, {report.xdp_mode} XDP"

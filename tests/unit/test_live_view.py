@@ -16,7 +16,7 @@ from mpassthru.broker.status import AttachReport, PortStatus
 from mpassthru.live_view import JsonView, LineView, Rates, TerminalView, by_reason, share
 from mpassthru.report import DirectionReport
 
-FIRST = PortStatus(guest="running").report(interface="eth9", queue_ids=(0,), xdp_mode="native")
+FIRST = PortStatus(guest="running", worker="ready").report(interface="eth9", queue_ids=(0,), xdp_mode="native")
 SECOND = msgspec.structs.replace(
     FIRST,
     mode="copy",

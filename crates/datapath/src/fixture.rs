@@ -75,6 +75,7 @@ impl Guest {
             kick: EventFd::new().unwrap(),
             call: Some(EventFd::new().unwrap()),
             err: Some(EventFd::new().unwrap()),
+            record: None,
         }
     }
 

@@ -3,11 +3,12 @@
 use std::os::fd::RawFd;
 
 use mpassthru_datapath::engine::Engine as Port;
+use mpassthru_datapath::error::HostError;
 use mpassthru_datapath::fd::EventFd;
 use mpassthru_datapath::guest_memory::{GuestPhysAddr, RegionSpec, UserAddr};
 use mpassthru_datapath::pump::{self, PollMode};
 use mpassthru_datapath::stats::{BounceReason, Counts, DropReason};
-use mpassthru_datapath::virtqueue::QueueConfig;
+use mpassthru_datapath::virtqueue::{InflightRecord, QueueConfig};
 use mpassthru_datapath::xsk::{BindMode, Contiguity, DriverRules, FRAME_BYTES_MAX, SocketParams, UmemLayout};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -52,15 +53,17 @@ struct VringConfig {
     kick_fd: RawFd,
     call_fd: RawFd,
     err_fd: RawFd,
+    record_fd: RawFd,
+    record_offset: u64,
 }
 
 #[pymethods]
 impl VringConfig {
     #[new]
     #[pyo3(signature = (*, size, base, desc_user_address, avail_user_address, used_user_address, features, enabled,
-                        kick_fd, call_fd = -1, err_fd = -1),
+                        kick_fd, call_fd = -1, err_fd = -1, record_fd = -1, record_offset = 0),
            text_signature = "(*, size, base, desc_user_address, avail_user_address, used_user_address, features, enabled, \
-                             kick_fd, call_fd=-1, err_fd=-1)")]
+                             kick_fd, call_fd=-1, err_fd=-1, record_fd=-1, record_offset=0)")]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
     fn new(
         size: u32,
@@ -73,6 +76,8 @@ impl VringConfig {
         kick_fd: RawFd,
         call_fd: RawFd,
         err_fd: RawFd,
+        record_fd: RawFd,
+        record_offset: u64,
     ) -> Self {
         let queue = QueueConfig {
             size,
@@ -82,7 +87,17 @@ impl VringConfig {
             used: UserAddr(used_user_address),
             event_idx: false, // taken from `features` by the pump
         };
-        Self { queue, features, enabled, kick_fd, call_fd, err_fd }
+        Self { queue, features, enabled, kick_fd, call_fd, err_fd, record_fd, record_offset }
+    }
+}
+
+impl VringConfig {
+    /// The record of what is in flight, if one is to be kept.
+    fn record(&self) -> Result<Option<InflightRecord>, HostError> {
+        if self.record_fd < 0 {
+            return Ok(None);
+        }
+        InflightRecord::map(self.record_fd, self.record_offset, self.queue.size).map(Some)
     }
 }
 
@@ -263,6 +278,7 @@ impl Engine {
                     kick: EventFd::duplicate(config.kick_fd)?,
                     call: optional(config.call_fd)?,
                     err: optional(config.err_fd)?,
+                    record: config.record()?,
                 },
             )
         };

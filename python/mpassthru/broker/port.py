@@ -2,7 +2,8 @@
 
 Three things go on at once while a worker lives: its messages are answered, front-ends are handed to it one at a time,
 and the user's wish to stop is waited for. When the worker dies, the kernel takes its sockets out of the XSKMAP (frames
-of its queues are dropped, the host sees none of them), and a new worker starts after a pause.
+of its queues are dropped, the host sees none of them), and a new worker starts: at once, or after a pause if the last
+one lived only briefly. What was in flight is in a memory file that outlives them all (`mpassthru.inflight_records`).
 
 The broker never maps guest memory and never reads from a vhost-user socket. It keeps an AF_XDP socket's fd only from
 its creation until it is in the XSKMAP: an open copy would keep the socket, and with it the queue, alive.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import socket
 import time
@@ -27,6 +29,7 @@ from mpassthru.broker.worker_process import STOP_TIMEOUT_S, WorkerProcess
 from mpassthru.broker.xsk import create_socket
 from mpassthru.control import ControlError, close_fds
 from mpassthru.errors import HostError, MpassthruError
+from mpassthru.inflight_records import make_records
 from mpassthru.log import LineLimiter
 from mpassthru.netdev.af_xdp import wait_queue_free
 from mpassthru.report import DirectionReport
@@ -36,8 +39,9 @@ if TYPE_CHECKING:
 
 RESTART_PAUSE_MIN_S = 0.1
 RESTART_PAUSE_MAX_S = 5.0
-RESTART_FORGET_S = 10.0
-"""A worker that lived this long starts the pauses afresh."""
+RESTART_AT_ONCE_S = 1.0
+"""A worker that lived this long is followed by another at once; after a shorter life comes a pause, each twice as long.
+Whoever can make workers end, such as a guest, costs the host one start a second at most."""
 REPORT_TIMEOUT_S = 2.0
 FREE_TIMEOUT_S = 15.0
 """How long a queue may be held after its socket was closed; a NIC whose link has to come back takes seconds."""
@@ -124,20 +128,30 @@ class Port:
         Raises:
             HostError: the front-end's socket cannot be connected to, or no worker can be started.
         """
-        pause_s = RESTART_PAUSE_MIN_S
+        records_fd = make_records(len(self._configuration.queue_ids))
+        try:
+            await self._run_workers(records_fd)
+        finally:
+            os.close(records_fd)
+
+    async def _run_workers(self, records_fd: int) -> None:
+        """One worker after the other."""
+        pause_s = 0.0
         while not self._stopping.is_set():
             started = time.monotonic()
-            await self._run_worker()
+            await self._run_worker(records_fd)
             if self._stopping.is_set() or self._once:
                 return
-            if time.monotonic() - started > RESTART_FORGET_S:
-                pause_s = RESTART_PAUSE_MIN_S
+            if time.monotonic() - started >= RESTART_AT_ONCE_S:
+                pause_s = 0.0
+            else:
+                pause_s = min(max(2 * pause_s, RESTART_PAUSE_MIN_S), RESTART_PAUSE_MAX_S)
             self.status.worker_restarts += 1
-            self._say(f"starting a new worker in {pause_s:g} s; the front-end has to connect again")
+            when = f"in {pause_s:g} s" if pause_s else "at once"
+            self._say(f"starting a new worker {when}; the front-end has to connect again")
+            self.status.worker = "paused"
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
-                return
-            pause_s = min(2 * pause_s, RESTART_PAUSE_MAX_S)
 
     async def refresh(self) -> PortStatus:
         """The port's status with the worker's counters of now; with those of before if no worker answers in time."""
@@ -153,8 +167,9 @@ class Port:
         """The XDP program's counters, by hardware queue."""
         return {str(queue): dict(names) for queue, names in self._steering.counters().items()}
 
-    async def _run_worker(self) -> None:
+    async def _run_worker(self, records_fd: int) -> None:
         """One worker, from start to reaped."""
+        self.status.worker = "starting"
         worker = self._start_worker(self._say_of_worker)
         self.status.worker_pid = worker.pid
         reading = asyncio.create_task(self._answer(worker))
@@ -163,7 +178,7 @@ class Port:
         try:
             keep_ipc_lock = not worker.raise_memlock_limit()
             with contextlib.suppress(ControlError):  # a worker that is already dead is found below
-                worker.channel.send(_with_ipc_lock(self._configuration, keep_ipc_lock))
+                worker.channel.send(_with_ipc_lock(self._configuration, keep_ipc_lock), (records_fd,))
             self._worker = worker
             await asyncio.wait({reading, feeding, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._let_worker_end(worker, reading, feeding)
@@ -231,6 +246,7 @@ class Port:
         match message:
             case control.Ready():
                 self._say(f"worker {worker.pid} is ready for a front-end")
+                self.status.worker = "ready"
                 self._idle.set()
             case control.SocketWanted(queue_pair=queue_pair):
                 self._grant_socket(worker, queue_pair)
@@ -247,6 +263,9 @@ class Port:
             case control.Fault(vring=vring, error=error):
                 self.status.faults += 1
                 self._trouble(f"virtqueue {vring} was stopped, for the guest broke it: {printable(error)}")
+            case control.Resumed(vring=vring, buffers=buffers):
+                self.status.buffers_resumed += buffers
+                self._say(f"virtqueue {vring} goes on where a worker ended that had {buffers} of its buffers")
             case control.Notice(text=text, trouble=trouble):
                 (self._trouble if trouble else self._say)(printable(text))
             case control.WorkerReport(rx=rx, tx=tx):

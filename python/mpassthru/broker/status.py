@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
@@ -11,6 +12,9 @@ from mpassthru.control import GuestState, SocketMode
 from mpassthru.report import DirectionReport, PortReport
 
 TROUBLES_KEPT = 32
+
+WorkerState = Literal["starting", "ready", "paused", "ended"]
+"""`paused`: workers ended soon after their start, and the next one waits."""
 
 
 class AttachReport(PortReport, frozen=True, kw_only=True):
@@ -24,8 +28,11 @@ class AttachReport(PortReport, frozen=True, kw_only=True):
     """Front-ends that have connected."""
     faults: int
     """Virtqueues that were stopped because the guest broke them."""
+    worker: WorkerState
     worker_pid: int | None
     worker_restarts: int
+    buffers_resumed: int
+    """Buffers that workers had when they died, and that their successors took over."""
     steering: dict[str, dict[str, int]]
     """Counters of the XDP program, by hardware queue."""
     troubles: tuple[str, ...]
@@ -40,8 +47,10 @@ class PortStatus:
 
     guest: GuestState = "waiting"
     modes: dict[int, SocketMode] = field(default_factory=dict)
+    worker: WorkerState = "starting"
     worker_pid: int | None = None
     worker_restarts: int = 0
+    buffers_resumed: int = 0
     sessions: int = 0
     faults: int = 0
     troubles: deque[str] = field(default_factory=lambda: deque(maxlen=TROUBLES_KEPT))
@@ -78,6 +87,7 @@ class PortStatus:
         self._before, self._now = (self.rx, self.tx), (DirectionReport(), DirectionReport())
         self.modes.clear()
         self.guest = "waiting"
+        self.worker = "ended"
         self.worker_pid = None
 
     def report(self, *, interface: str, queue_ids: tuple[int, ...], xdp_mode: str, ended: bool = False) -> AttachReport:
@@ -92,8 +102,10 @@ class PortStatus:
             guest=self.guest,
             sessions=self.sessions,
             faults=self.faults,
+            worker=self.worker,
             worker_pid=self.worker_pid,
             worker_restarts=self.worker_restarts,
+            buffers_resumed=self.buffers_resumed,
             steering=self.steering,
             troubles=tuple(self.troubles),
             final=ended,

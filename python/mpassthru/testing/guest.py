@@ -30,6 +30,7 @@ from mpassthru.errors import HostError, RefusedError, errno_name
 from mpassthru.testing.guest_config import GuestConfig, GuestCounters, RxRole, Source
 from mpassthru.vhost_user.features import DeviceStatus, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.frontend import Frontend
+from mpassthru.vhost_user.inflight import InflightArea
 from mpassthru.vhost_user.memory import MemoryRegion
 from mpassthru.vhost_user.message import VringAddress
 
@@ -54,6 +55,7 @@ class BuiltinGuest:
     bases: list[int]
     device_running: bool = False
     _memory: list[MemoryRegion] = field(default_factory=list)
+    _inflight: InflightArea | None = None
 
     # ---- making one ----------------------------------------------------------------------------------------
 
@@ -131,6 +133,8 @@ class BuiltinGuest:
                 yield guest
             finally:
                 guest.frontend.close()  # another one after `reconnect`
+                if guest._inflight is not None:
+                    guest._inflight.close()
                 driver.park()
 
     # ---- the device ----------------------------------------------------------------------------------------
@@ -140,6 +144,7 @@ class BuiltinGuest:
         await self.frontend.set_features(self.frontend.features)
         self._memory = [MemoryRegion(*region) for region in self.driver.regions()]
         await self.frontend.set_mem_table(self._memory)
+        await self._hand_over_inflight()
         for index in self.vrings:
             await self.start_vring(index)
         for index in self.vrings:
@@ -168,6 +173,14 @@ class BuiltinGuest:
         await self.frontend.set_vring_err(index, ring.err_fd)
         await self.frontend.set_vring_call(index, ring.call_fd)
         await self.frontend.set_vring_kick(index, ring.kick_fd)
+
+    async def _hand_over_inflight(self) -> None:
+        """Keep what a back-end writes down of what is in flight, and give it to the next (INFLIGHT_SHMFD)."""
+        if not self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
+            return
+        if self._inflight is None:
+            self._inflight = await self.frontend.get_inflight_fd(len(self.vrings), self.config.queue_size)
+        await self.frontend.set_inflight_fd(self._inflight)
 
     async def stop(self) -> list[int]:
         """Stop every ring (GET_VRING_BASE) and park the driver.

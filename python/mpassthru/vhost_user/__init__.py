@@ -5,6 +5,7 @@ from mpassthru.vhost_user.connection import Connection
 from mpassthru.vhost_user.device import Device, Vring
 from mpassthru.vhost_user.features import DeviceStatus, ProtocolFeature, VirtioFeature, describe_bits
 from mpassthru.vhost_user.frontend import Frontend
+from mpassthru.vhost_user.inflight import InflightArea
 from mpassthru.vhost_user.memory import MemoryRegion, MemoryTable
 from mpassthru.vhost_user.message import Message, RegionDescription, Request, VringAddress
 from mpassthru.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Counters, Session
@@ -17,6 +18,7 @@ __all__ = [
     "Device",
     "DeviceStatus",
     "Frontend",
+    "InflightArea",
     "MemoryRegion",
     "MemoryTable",
     "Message",

@@ -19,7 +19,7 @@ class Vring:
 
     Attributes:
         size: Entries; a power of two unless VIRTIO_F_RING_PACKED was acknowledged.
-        base: The avail index to look at first.
+        base: The avail index to look at first, unless a record of what is in flight says otherwise.
         desc_user_address: Descriptor table; like all ring addresses in the front-end's address space and inside the
             memory map.
         used_user_address: Used ring.
@@ -31,6 +31,9 @@ class Vring:
         kick_fd: Readable when the driver notifies.
         call_fd: Written to notify the driver; -1 where it does not want to be.
         err_fd: Written when the ring is found broken; -1 for none.
+        inflight_fd: The file of the record of what is in flight, to be taken over and kept; -1 if the front-end has
+            none. vhost-user.rst, "Inflight I/O tracking".
+        inflight_offset: Where in that file the record of this vring starts, in bytes.
     """
 
     size: int
@@ -45,6 +48,8 @@ class Vring:
     kick_fd: int
     call_fd: int = -1
     err_fd: int = -1
+    inflight_fd: int = -1
+    inflight_offset: int = 0
 
 
 class Device(Protocol):

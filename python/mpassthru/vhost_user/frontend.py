@@ -16,11 +16,14 @@ from typing import Self, TypeVar
 from mpassthru.errors import HostError, ProtocolError, RefusedError, errno_name
 from mpassthru.vhost_user.connection import Connection
 from mpassthru.vhost_user.features import ProtocolFeature, VirtioFeature
+from mpassthru.vhost_user.inflight import InflightArea
 from mpassthru.vhost_user.memory import MemoryRegion
 from mpassthru.vhost_user.message import (
     U64,
     Empty,
+    Inflight,
     MacAddress,
+    Message,
     Payload,
     RegionTable,
     Request,
@@ -185,6 +188,21 @@ class Frontend:
         """Enable or disable the ring."""
         await self._tell(Request.VHOST_USER_SET_VRING_ENABLE, VringState(index, int(enabled)))
 
+    async def get_inflight_fd(self, queues: int, queue_size: int) -> InflightArea:
+        """Have the back-end make an area for what is in flight; the caller closes it."""
+        request = Request.VHOST_USER_GET_INFLIGHT_FD
+        async with self._exchange, asyncio.timeout(self._timeout_s):
+            await self._send(request, Inflight(0, 0, queues, queue_size), (), need_reply=False)
+            with await self._receive_message(request) as message:
+                description = Inflight.decode(message.payload)
+                if len(message.fds) != 1:
+                    raise ProtocolError(f"GET_INFLIGHT_FD: the back-end sent {len(message.fds)} descriptors")
+                return InflightArea(description, message.take_fds()[0])
+
+    async def set_inflight_fd(self, area: InflightArea) -> None:
+        """Hand over the area for what is in flight, before vrings start."""
+        await self._tell(Request.VHOST_USER_SET_INFLIGHT_FD, area.description, [area.fd])
+
     # ---- device --------------------------------------------------------------------------------------------
 
     async def set_status(self, status: int) -> None:
@@ -243,11 +261,15 @@ class Frontend:
             raise ProtocolError(f"{name}: the back-end closed the connection; its log says why") from error
 
     async def _receive(self, request: Request, kind: type[Reply]) -> Reply:
+        with await self._receive_message(request) as message:
+            return kind.decode(message.payload)
+
+    async def _receive_message(self, request: Request) -> Message:
         name = request.name.removeprefix("VHOST_USER_")
         message = await self._connection.receive()
         if message is None:
             raise ProtocolError(f"{name}: the back-end closed the connection; its log says why")
-        with message:
-            if not message.is_reply or message.request != request:
-                raise ProtocolError(f"{name}: the back-end answered with {message.name}, flags {message.flags:#x}")
-            return kind.decode(message.payload)
+        if not message.is_reply or message.request != request:
+            message.close()
+            raise ProtocolError(f"{name}: the back-end answered with {message.name}, flags {message.flags:#x}")
+        return message

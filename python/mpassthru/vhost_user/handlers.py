@@ -14,7 +14,16 @@ from mpassthru.errors import ProtocolError, RefusedError
 from mpassthru.vhost_user.features import ProtocolFeature
 from mpassthru.vhost_user.message import Empty, Message, Payload, Request
 
-Handler = Callable[..., Awaitable[Payload | None]]
+
+@dataclass(frozen=True, slots=True)
+class FdReply:
+    """A reply that brings a descriptor, which is closed when it has been sent."""
+
+    payload: Payload
+    fd: int
+
+
+Handler = Callable[..., Awaitable[Payload | FdReply | None]]
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
 NO_FEATURE = ProtocolFeature(0)
@@ -89,8 +98,6 @@ NOT_OFFERED: dict[int, str] = {
     _R.VHOST_USER_POSTCOPY_ADVISE: "VHOST_USER_PROTOCOL_F_PAGEFAULT",
     _R.VHOST_USER_POSTCOPY_LISTEN: "VHOST_USER_PROTOCOL_F_PAGEFAULT",
     _R.VHOST_USER_POSTCOPY_END: "VHOST_USER_PROTOCOL_F_PAGEFAULT",
-    _R.VHOST_USER_GET_INFLIGHT_FD: "VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD",
-    _R.VHOST_USER_SET_INFLIGHT_FD: "VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD",
     _R.VHOST_USER_GPU_SET_SOCKET: "a GPU",
     _R.VHOST_USER_VRING_KICK: "VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS",
     _R.VHOST_USER_GET_SHARED_OBJECT: "VHOST_USER_PROTOCOL_F_SHARED_OBJECT",
@@ -104,7 +111,6 @@ NOT_OFFERED_WITH_REPLY = frozenset(
         _R.VHOST_USER_GET_CONFIG,
         _R.VHOST_USER_CREATE_CRYPTO_SESSION,
         _R.VHOST_USER_POSTCOPY_ADVISE,
-        _R.VHOST_USER_GET_INFLIGHT_FD,
         _R.VHOST_USER_GET_SHARED_OBJECT,
         _R.VHOST_USER_SET_DEVICE_STATE_FD,
     }

@@ -357,7 +357,28 @@ class RegionTable:
         return cls(tuple(RegionDescription.decode(data[offset : offset + step]) for offset in offsets))
 
 
-Payload = Empty | U64 | MacAddress | VringState | VringAddress | VringFile | SingleRegion | RegionTable
+@dataclass(frozen=True, slots=True)
+class Inflight:
+    """An inflight description: the area in which a back-end writes down what is in flight."""
+
+    size_bytes: int
+    mmap_offset: int
+    queues: int
+    queue_size: int
+
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("=QQHH4x")
+
+    def encode(self) -> bytes:
+        """24 bytes, as C pads them."""
+        return self.LAYOUT.pack(self.size_bytes, self.mmap_offset, self.queues, self.queue_size)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Read 24 bytes."""
+        return cls(*_unpack(cls.LAYOUT, data, "inflight description"))
+
+
+Payload = Empty | U64 | MacAddress | VringState | VringAddress | VringFile | SingleRegion | RegionTable | Inflight
 
 
 def encode_message(request: int, payload: Payload, *, reply: bool = False, need_reply: bool = False) -> bytes:

@@ -27,11 +27,13 @@ from mpassthru.errors import HostError, MpassthruError, ProtocolError, RefusedEr
 from mpassthru.vhost_user.connection import Connection
 from mpassthru.vhost_user.device import Device
 from mpassthru.vhost_user.features import ProtocolFeature, VirtioFeature, describe_bits
-from mpassthru.vhost_user.handlers import can_be_acknowledged, find_rule, handles
+from mpassthru.vhost_user.handlers import FdReply, can_be_acknowledged, find_rule, handles
+from mpassthru.vhost_user.inflight import InflightArea
 from mpassthru.vhost_user.memory import MemoryRegion, MemoryTable
 from mpassthru.vhost_user.message import (
     U64,
     Empty,
+    Inflight,
     MacAddress,
     Message,
     Payload,
@@ -42,7 +44,7 @@ from mpassthru.vhost_user.message import (
     VringFile,
     VringState,
 )
-from mpassthru.vhost_user.vring import Ring, RingPhase
+from mpassthru.vhost_user.vring import VRING_SIZE_MAX, Ring, RingPhase
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ SUPPORTED_PROTOCOL_FEATURES = (
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_MTU
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_BACKEND_REQ
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_RESET_DEVICE
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS
@@ -69,6 +72,7 @@ SUPPORTED_PROTOCOL_FEATURES = (
 """What a session can answer; a device offers these or fewer."""
 
 _SLOTS = ProtocolFeature.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
+_INFLIGHT = ProtocolFeature.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
 _STATUS = ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS
 
 
@@ -104,6 +108,7 @@ class Session:
         self.status = 0
         self.counters = counters if counters is not None else Counters()
         self._backend_req_fd = -1
+        self._inflight: InflightArea | None = None
         self._connection = connection
         self._device = device
 
@@ -143,10 +148,15 @@ class Session:
             reply = U64(1)
         if reply is None and self._wants_acknowledgement(message):
             reply = U64(0)
-        if reply is not None:
+        if isinstance(reply, FdReply):
+            try:
+                await self._connection.send(message.request, reply.payload, reply=True, fds=(reply.fd,))
+            finally:
+                os.close(reply.fd)
+        elif reply is not None:
             await self._connection.send(message.request, reply, reply=True)
 
-    async def _dispatch(self, message: Message) -> Payload | None:
+    async def _dispatch(self, message: Message) -> Payload | FdReply | None:
         if message.is_reply:
             raise ProtocolError("a reply, to nothing that was asked")
         rule = find_rule(message)
@@ -171,6 +181,7 @@ class Session:
             for ring in self.rings:
                 ring.close()
             self._keep_backend_req_fd(-1)
+            self._keep_inflight(None)
             self.memory.close_except(MemoryTable())
             self.memory = MemoryTable()
             self._connection.close()
@@ -346,6 +357,23 @@ class Session:
             raise ProtocolError(f"vring {ring.index}: {payload.num} is neither 0 nor 1")
         await self._enable(ring, bool(payload.num))
 
+    # ---- what is in flight ---------------------------------------------------------------------------------
+
+    @handles(Request.VHOST_USER_GET_INFLIGHT_FD, Inflight, needs=_INFLIGHT, has_reply=True)
+    async def _get_inflight_fd(self, payload: Inflight) -> FdReply:
+        """Once in the front-end's life; it hands what it gets to us, and to each back-end after us."""
+        self._check_inflight(payload)
+        area = InflightArea.make(payload.queues, payload.queue_size)
+        return FdReply(area.description, area.fd)
+
+    @handles(Request.VHOST_USER_SET_INFLIGHT_FD, Inflight, fds=ONE_FD, needs=_INFLIGHT)
+    async def _set_inflight_fd(self, payload: Inflight, message: Message) -> None:
+        """Holds for vrings that start from now on."""
+        self._check_inflight(payload)
+        area = InflightArea.of_frontend(payload, message.fds[0])
+        message.take_fds()
+        self._keep_inflight(area)
+
     # ---- device --------------------------------------------------------------------------------------------
 
     @handles(Request.VHOST_USER_SEND_RARP, MacAddress, needs=ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP)
@@ -405,6 +433,19 @@ class Session:
     def _need_protocol_features(self) -> None:
         if not self._device.features & VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES:
             raise RefusedError("VHOST_USER_F_PROTOCOL_FEATURES was not offered")
+
+    def _check_inflight(self, payload: Inflight) -> None:
+        if not 0 < payload.queues <= len(self.rings):
+            raise ProtocolError(f"an area for {payload.queues} vrings of a device with {len(self.rings)}")
+        if not 0 < payload.queue_size <= VRING_SIZE_MAX:
+            raise ProtocolError(f"vrings of {payload.queue_size} entries; 1 to {VRING_SIZE_MAX} are possible")
+
+    def _keep_inflight(self, area: InflightArea | None) -> None:
+        if self._inflight is not None:
+            self._inflight.close()
+        self._inflight = area
+        for ring in self.rings:
+            ring.inflight = area
 
     def _keep_backend_req_fd(self, fd: int) -> None:
         if self._backend_req_fd >= 0:

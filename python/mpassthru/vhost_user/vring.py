@@ -13,6 +13,7 @@ from enum import Enum
 from mpassthru.errors import MpassthruError, ProtocolError
 from mpassthru.vhost_user.device import Device, Vring
 from mpassthru.vhost_user.features import VirtioFeature
+from mpassthru.vhost_user.inflight import InflightArea
 from mpassthru.vhost_user.memory import MemoryTable
 from mpassthru.vhost_user.message import VringAddress
 
@@ -42,6 +43,7 @@ class Ring:
 
     Attributes:
         enabled: As SET_VRING_ENABLE said; None while it said nothing.
+        inflight: As SET_INFLIGHT_FD said, the session's; None while it said nothing.
     """
 
     def __init__(self, index: int, device: Device) -> None:
@@ -50,6 +52,7 @@ class Ring:
         self.base: int | None = None
         self.address: VringAddress | None = None
         self.enabled: bool | None = None
+        self.inflight: InflightArea | None = None
         self.kick_fd = -1
         self.call_fd = -1
         self.err_fd = -1
@@ -155,6 +158,7 @@ class Ring:
         return not self._outside(memory, is_packed(features))
 
     def _vring(self, size: int, base: int, address: VringAddress, features: int) -> Vring:
+        offset = self.inflight.record_offset(self.index, size) if self.inflight else None
         return Vring(
             size=size,
             base=base,
@@ -168,6 +172,8 @@ class Ring:
             kick_fd=self.kick_fd,
             call_fd=self.call_fd,
             err_fd=self.err_fd,
+            inflight_fd=self.inflight.fd if self.inflight and offset is not None else -1,
+            inflight_offset=offset or 0,
         )
 
     def _check(self, vring: Vring, memory: MemoryTable) -> None:

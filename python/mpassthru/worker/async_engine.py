@@ -59,9 +59,9 @@ class AsyncEngine:
         """Close a queue pair's socket."""
         await self._end_of("detach_socket", self.engine.detach_socket(queue_pair))
 
-    async def start_vring(self, index: int, config: VringConfig) -> None:
-        """Start a virtqueue."""
-        await self._end_of("start_vring", self.engine.start_vring(index, config))
+    async def start_vring(self, index: int, config: VringConfig) -> int:
+        """Start a virtqueue; the number of buffers that were in flight when an earlier worker ended."""
+        return await self._end_of("start_vring", self.engine.start_vring(index, config))
 
     async def stop_vring(self, index: int) -> int:
         """Stop a virtqueue and return its ring base."""

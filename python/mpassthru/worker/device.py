@@ -15,11 +15,13 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from mpassthru import _core
 from mpassthru.control import Configure
 from mpassthru.errors import HostError, MpassthruError, RefusedError
+from mpassthru.inflight_records import InflightRecords
 from mpassthru.rules import LINUX_BUFFER_ROOM_BYTES, ZeroCopyRules
 from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.device import Vring
@@ -58,6 +60,7 @@ PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_BACKEND_REQ
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_RESET_DEVICE
 )
 
@@ -71,7 +74,9 @@ class PortDevice:
         configuration: Interface, queues and limits.
         on_running: Called with True when a virtqueue has started and none ran before, with False when the last has
             stopped.
+        on_resumed: Called with a virtqueue and how many of its buffers an earlier worker had, if any.
         notice: Called with one line for the user.
+        records: Where to write down what is in flight, for front-ends that keep no record; None for nowhere.
     """
 
     def __init__(
@@ -81,7 +86,9 @@ class PortDevice:
         configuration: Configure,
         *,
         on_running: Callable[[bool], None],
+        on_resumed: Callable[[int, int], None],
         notice: Callable[[str], None],
+        records: InflightRecords | None = None,
     ) -> None:
         self.queue_pairs_max = len(configuration.queue_ids)
         self.features = int(FEATURES)
@@ -94,12 +101,15 @@ class PortDevice:
         self._sockets = sockets
         self._configuration = configuration
         self._on_running = on_running
+        self._on_resumed = on_resumed
         self._notice = notice
+        self._records = records
         self._running: dict[int, Vring] = {}
         self._regions: tuple[MemoryRegion, ...] = ()
         self._attaching = [asyncio.Lock() for _ in configuration.queue_ids]
-        self._unproven: set[int] = set()
-        """Queue pairs whose last zero-copy socket is closed, and whose hardware queue was not seen free since."""
+        self._unproven = set(range(self.queue_pairs_max)) if self._zero_copy else set()
+        """Queue pairs whose last zero-copy socket is closed, and whose hardware queue was not seen free since. To begin
+        with, that socket is one of a worker that may have died just now."""
         self._attaching_again: set[asyncio.Task[None]] = set()
 
     async def set_features(self, features: int) -> None:
@@ -141,12 +151,21 @@ class PortDevice:
         first = not self._running
         self._running[index] = vring  # before the engine knows of it: a start that is cancelled is followed by a stop
         try:
-            await self._engine.start_vring(index, vring_config(vring))
+            resumed = await self._engine.start_vring(index, vring_config(self._recorded(index, vring)))
         except MpassthruError:
             del self._running[index]
             raise
+        if resumed:
+            self._on_resumed(index, resumed)
         if first:
             self._on_running(True)
+
+    def _recorded(self, index: int, vring: Vring) -> Vring:
+        """The vring with a record of what is in flight: the front-end's, or else ours."""
+        if vring.inflight_fd >= 0 or self._records is None:
+            return vring
+        offset = self._records.offset_for(index, vring, self._regions)
+        return vring if offset is None else replace(vring, inflight_fd=self._records.fd, inflight_offset=offset)
 
     async def stop_vring(self, index: int) -> int:
         """Stop a virtqueue; its base is returned when every buffer has come back and no NIC can write to one.
@@ -328,6 +347,8 @@ def vring_config(vring: Vring) -> _core.VringConfig:
         kick_fd=vring.kick_fd,
         call_fd=vring.call_fd,
         err_fd=vring.err_fd,
+        record_fd=vring.inflight_fd,
+        record_offset=vring.inflight_offset,
     )
 
 

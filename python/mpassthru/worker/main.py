@@ -20,6 +20,7 @@ import msgspec
 from mpassthru import control
 from mpassthru.control import BrokerMessage, Configure, ControlChannel, ControlError, WorkerMessage, close_fds
 from mpassthru.errors import MpassthruError
+from mpassthru.inflight_records import InflightRecords
 from mpassthru.report import DirectionReport
 from mpassthru.vhost_user import Backend
 from mpassthru.worker import privileges
@@ -49,6 +50,7 @@ class Worker:
         channel: ControlChannel[WorkerMessage, BrokerMessage],
         configuration: Configure,
         engine: Engine,
+        records: InflightRecords | None = None,
     ) -> None:
         self._channel = channel
         self._engine = AsyncEngine(engine, self._on_trouble)
@@ -58,7 +60,9 @@ class Worker:
             self._sockets,
             configuration,
             on_running=lambda running: self._tell_state("running" if running else "connected"),
+            on_resumed=lambda vring, buffers: self._tell(control.Resumed(vring=vring, buffers=buffers)),
             notice=self._notice,
+            records=records,
         )
         self._backend = Backend(self._device)
         self._serving: asyncio.Task[None] | None = None
@@ -188,9 +192,11 @@ async def serve_port(control_fd: int, parent_pid: int, make_engine: MakeEngine) 
     if received is None:
         return
     configuration, fds = received
-    close_fds(fds)
-    if not isinstance(configuration, Configure):
-        raise ControlError(f"the first control message is {type(configuration).__name__}, not Configure")
+    if not isinstance(configuration, Configure) or len(fds) != 1:
+        close_fds(fds)
+        raise ControlError(
+            f"the first control message is {type(configuration).__name__} with {len(fds)} fds, not Configure with one"
+        )
     privileges.drop(
         parent_pid=parent_pid,
         uid=configuration.uid,
@@ -198,7 +204,7 @@ async def serve_port(control_fd: int, parent_pid: int, make_engine: MakeEngine) 
         keep_ipc_lock=configuration.keep_ipc_lock,
     )
     logging.getLogger("mpassthru").addHandler(_ForwardedLog(channel))
-    worker = Worker(channel, configuration, make_engine(configuration))
+    worker = Worker(channel, configuration, make_engine(configuration), InflightRecords(fds[0]))
     running = asyncio.ensure_future(worker.run())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
     with suppress(asyncio.CancelledError):

@@ -112,12 +112,16 @@ class Harness:
     workers: asyncio.Queue[PlayedWorker]
     made_sockets: list[socket.socket]
     running: asyncio.Task[None]
+    records: list[int] = field(default_factory=list)
+    """Inode of the memory file that each worker was given."""
 
     async def worker(self) -> PlayedWorker:
         """The next worker started, which has taken its configuration."""
         async with asyncio.timeout(TIMEOUT_S):
             worker = await self.workers.get()
-        await worker.expect(control.Configure)
+        _, fds = await worker.expect(control.Configure)
+        self.records.append(os.fstat(fds[0]).st_ino)
+        control.close_fds(fds)
         return worker
 
     async def until(self, line: str) -> None:
@@ -186,7 +190,8 @@ async def test_worker_keeps_ipc_lock_only_where_the_limit_cannot_be_raised(may_r
     async with harness(may_raise_memlock=may_raise) as h:
         worker = await asyncio.wait_for(h.workers.get(), TIMEOUT_S)
 
-        configuration, _ = await worker.expect(control.Configure)
+        configuration, fds = await worker.expect(control.Configure)
+        control.close_fds(fds)
 
         assert configuration.keep_ipc_lock is not may_raise
 
@@ -343,6 +348,54 @@ async def test_dead_worker_is_reported_replaced_and_its_sockets_closed() -> None
         assert any("worker 4711 of eth9 was killed by SIGKILL" in line for line in h.lines)
         assert h.made_sockets[0].fileno() == -1
         assert h.port.status.worker_restarts == 1
+
+
+async def test_every_worker_has_the_same_records_of_what_is_in_flight() -> None:
+    async with harness() as h:
+        (await h.worker()).far.close()
+        worker = await h.worker()
+        assert len(set(h.records)) == 1
+
+        worker.far.send(control.Resumed(vring=1, buffers=17))
+
+        await h.until("virtqueue 1 goes on where a worker ended that had 17 of its buffers")
+        assert h.port.status.buffers_resumed == 17
+
+
+async def test_worker_that_lived_for_long_is_replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(port_module, "RESTART_AT_ONCE_S", 0.0)
+    monkeypatch.setattr(port_module, "RESTART_PAUSE_MIN_S", 3600.0)
+    async with harness() as h:
+        for _ in range(3):
+            (await h.worker()).far.close()
+        await h.worker()
+        assert sum("starting a new worker at once" in line for line in h.lines) == 3
+
+
+async def test_workers_that_live_only_briefly_are_replaced_ever_later() -> None:
+    async with harness() as h:
+        assert h.port.status.worker == "starting"
+        worker = await h.worker()
+        worker.far.send(control.Ready())
+        await h.until("is ready")
+        assert h.port.status.worker == "ready"
+        worker.far.close()
+        for pause_s in (0.001, 0.002, 0.004):
+            await h.until(f"starting a new worker in {pause_s:g} s")
+            (await h.worker()).far.close()
+
+
+async def test_port_that_is_stopped_during_a_pause_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(port_module, "RESTART_PAUSE_MIN_S", 5.0)
+    async with harness() as h:
+        (await h.worker()).far.close()
+        await h.until("starting a new worker in 5 s")
+        assert h.port.status.worker == "paused"
+
+        h.port.stop()
+
+        await asyncio.wait_for(h.running, TIMEOUT_S)
+    assert h.workers.empty()
 
 
 async def test_counters_go_on_when_a_worker_is_replaced() -> None:

@@ -107,7 +107,8 @@ class PortModel(RuleBasedStateMachine):
         self.reported = 0
         self.held: set[int] = set()
         self.steered: set[int] = set()
-        self.expect(control.Configure)
+        _, (records_fd,) = self.expect(control.Configure)
+        os.close(records_fd)
 
     def _meet_frontend(self) -> None:
         """A front-end that waits is handed to a worker that is idle, and no other."""

@@ -17,6 +17,7 @@ from mpassthru.vhost_user.message import (
     U64,
     Empty,
     Header,
+    Inflight,
     MacAddress,
     Payload,
     RegionDescription,
@@ -30,6 +31,7 @@ from mpassthru.vhost_user.message import (
     request_name,
 )
 
+u16 = st.integers(0, 2**16 - 1)
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
 regions = st.builds(RegionDescription, u64, u64, u64, u64)
@@ -42,6 +44,7 @@ payloads: st.SearchStrategy[Payload] = st.one_of(
     st.builds(VringFile, st.integers(0, 255), st.booleans()),
     st.builds(SingleRegion, regions),
     st.builds(RegionTable, st.lists(regions, max_size=8).map(tuple)),
+    st.builds(Inflight, u64, u64, u16, u16),
 )
 PAYLOAD_TYPES: list[Any] = [
     Header,
@@ -53,6 +56,7 @@ PAYLOAD_TYPES: list[Any] = [
     VringFile,
     SingleRegion,
     RegionTable,
+    Inflight,
 ]
 
 
@@ -89,6 +93,7 @@ def test_layouts_are_those_of_the_specification() -> None:
     assert SingleRegion(region).encode() == struct.pack("<QQQQQ", 0, 1, 2, 3, 4)
     assert VringFile(7, has_fd=True).encode() == struct.pack("<Q", 7)
     assert VringFile(7, has_fd=False).encode() == struct.pack("<Q", 0x107)
+    assert Inflight(1, 2, queues=3, queue_size=4).encode() == struct.pack("<QQHHI", 1, 2, 3, 4, 0)
     assert MacAddress(b"\x52\x54\x00\x12\x34\x56").encode() == bytes.fromhex("5254001234560000")
     assert encode_message(11, VringState(2, 3), reply=True) == struct.pack("<IIIII", 11, 5, 8, 2, 3)
     assert encode_message(1, Empty(), need_reply=True) == struct.pack("<III", 1, 9, 0)

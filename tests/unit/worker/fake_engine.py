@@ -27,6 +27,7 @@ class FakeEngine:
     start_errors: list[Exception] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
     attached: set[int] = field(default_factory=set)
+    resumed: dict[int, int] = field(default_factory=dict)
     zero_copy: bool = False
     kernel_has_buffers: bool = False
     closed: bool = False
@@ -59,7 +60,8 @@ class FakeEngine:
         return self._operation(f"detach {queue_pair}")
 
     def start_vring(self, index: int, config: object) -> int:
-        return self._operation(f"start {index}", error=self.start_errors.pop(0) if self.start_errors else None)
+        error = self.start_errors.pop(0) if self.start_errors else None
+        return self._operation(f"start {index}", value=self.resumed.get(index, 0), error=error)
 
     def stop_vring(self, index: int) -> int:
         busy = self.kernel_has_buffers and index // 2 in self.attached

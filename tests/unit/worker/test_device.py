@@ -90,6 +90,7 @@ async def bench() -> AsyncIterator[Bench]:
         client,
         configuration(),
         on_running=lambda running: notices.append("running" if running else "idle"),
+        on_resumed=lambda index, buffers: notices.append(f"{buffers} of virtqueue {index}"),
         notice=notices.append,
     )
     bench = Bench(device, fake, broker, notices, [])
@@ -114,6 +115,14 @@ async def test_first_vring_of_a_pair_brings_a_socket_that_is_steered_to_before_t
     assert bench.engine.calls == ["attach 0", "start 0", "start 1"]
     assert bench.heard == ["SocketWanted", "SocketBound"]
     assert bench.notices == ["running"]
+
+
+async def test_buffers_that_an_earlier_worker_had_are_told(bench: Bench) -> None:
+    bench.engine.resumed = {1: 17}
+    await bench.device.start_vring(0, VRING)
+    await bench.device.start_vring(1, VRING)
+
+    assert bench.notices == ["running", "17 of virtqueue 1"]
 
 
 async def test_concurrent_starts_of_a_pair_share_one_socket(bench: Bench) -> None:
@@ -316,7 +325,12 @@ def test_rarp_frame_has_the_layout_of_rfc_903() -> None:
 def test_multiqueue_is_offered_only_with_several_queues() -> None:
     def features(queues: int) -> int:
         return PortDevice(
-            cast(Any, None), cast(Any, None), configuration(queues), on_running=lambda _: None, notice=print
+            cast(Any, None),
+            cast(Any, None),
+            configuration(queues),
+            on_running=lambda _: None,
+            on_resumed=print,
+            notice=print,
         ).features
 
     assert not features(1) & VirtioFeature.VIRTIO_NET_F_MQ

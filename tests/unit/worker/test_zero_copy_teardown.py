@@ -67,7 +67,9 @@ async def bench() -> AsyncIterator[Bench]:
     sockets = FakeSockets(fake.calls)
     engine = AsyncEngine(cast(Any, fake), lambda _: None)
     port = msgspec.structs.replace(configuration(), socket_mode="zero-copy", zero_copy_rules=RULES)
-    device = PortDevice(engine, cast(Any, sockets), port, on_running=lambda _: None, notice=lambda _: None)
+    device = PortDevice(
+        engine, cast(Any, sockets), port, on_running=lambda _: None, on_resumed=print, notice=lambda _: None
+    )
     await device.start_vring(0, VRING)
     fake.calls.clear()
     yield Bench(device, fake, sockets)
@@ -112,10 +114,26 @@ async def test_next_socket_waits_until_the_last_one_is_gone(bench: Bench) -> Non
     assert bench.engine.calls == ["detach 0", "free 0", "attach 0", "bound 0 zero-copy", "start 0"]
 
 
+async def test_first_socket_waits_until_what_a_dead_worker_left_is_free() -> None:
+    fake = FakeEngine(zero_copy=True)
+    engine = AsyncEngine(cast(Any, fake), lambda _: None)
+    port = msgspec.structs.replace(configuration(), socket_mode="zero-copy", zero_copy_rules=RULES)
+    device = PortDevice(
+        engine, cast(Any, FakeSockets(fake.calls)), port, on_running=print, on_resumed=print, notice=print
+    )
+
+    await device.start_vring(0, VRING)
+    engine.close()
+
+    assert fake.calls.index("free 0") < fake.calls.index("attach 0") < fake.calls.index("start 0")
+
+
 def test_hash_report_is_offered_only_where_it_makes_buffers_long_enough() -> None:
     def offered(rules: ZeroCopyRules | None) -> bool:
         port = msgspec.structs.replace(configuration(), zero_copy_rules=rules)
-        device = PortDevice(cast(Any, None), cast(Any, None), port, on_running=lambda _: None, notice=lambda _: None)
+        device = PortDevice(
+            cast(Any, None), cast(Any, None), port, on_running=lambda _: None, on_resumed=print, notice=lambda _: None
+        )
         return bool(device.features & VirtioFeature.VIRTIO_NET_F_HASH_REPORT)
 
     assert offered(RULES)

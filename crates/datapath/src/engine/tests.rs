@@ -95,6 +95,7 @@ fn test_a_queue_stops_at_the_base_that_it_was_started_with_while_there_is_no_soc
         driver.add(&[Segment::readable(GuestPhysAddr(0x1_0000), 72)]).unwrap();
         driver.publish();
         driver.ring().set_avail_idx(u16::wrapping_add(base, 1));
+        guest.vmm.write(layout(index).used.plus(2), &base.to_le_bytes()).unwrap();
         let token = engine.start_vring(index, config(&guest, index, base)).unwrap();
         completed(&engine, token).unwrap();
         let token = engine.stop_vring(index).unwrap();

@@ -15,6 +15,7 @@
 
 mod address;
 mod region;
+mod shared_file;
 #[cfg(test)]
 mod tests;
 
@@ -23,6 +24,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 pub use address::{GuestPhysAddr, UmemAddr, UserAddr};
 pub use region::{Region, RegionSpec};
+pub use shared_file::{FileSpec, SharedFile};
 
 use crate::error::{Error, HostError};
 use region::Extent;

@@ -89,7 +89,7 @@ impl Extent {
 }
 
 /// Type of the file system that a file is on, and its block size: that of its pages on hugetlbfs.
-fn file_system(fd: RawFd) -> Result<(libc::__fsword_t, u64), i32> {
+pub(super) fn file_system(fd: RawFd) -> Result<(libc::__fsword_t, u64), i32> {
     let mut stat = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: `stat` is valid for writes of its type; the kernel checks `fd`.
     if unsafe { libc::fstatfs(fd, stat.as_mut_ptr()) } != 0 {
@@ -100,7 +100,7 @@ fn file_system(fd: RawFd) -> Result<(libc::__fsword_t, u64), i32> {
     Ok((stat.f_type, stat.f_bsize.unsigned_abs()))
 }
 
-fn file_bytes(fd: RawFd) -> Result<u64, i32> {
+pub(super) fn file_bytes(fd: RawFd) -> Result<u64, i32> {
     let mut stat = MaybeUninit::<libc::stat>::uninit();
     // SAFETY: `stat` is valid for writes of its type; the kernel checks `fd`.
     if unsafe { libc::fstat(fd, stat.as_mut_ptr()) } != 0 {

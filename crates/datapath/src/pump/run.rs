@@ -365,6 +365,11 @@ impl Pump {
         }
         let mut vring = Vring::new(memory, config)?;
         vring.queue.disable_kicks();
+        let resumed = vring.resumed;
+        // Whoever ran the ring before may have ended between showing used entries and saying so.
+        if let Some(call) = &vring.call {
+            call.signal();
+        }
         self.kicks_while_empty[usize::from(tx)] = 0;
         if tx {
             self.tx = Some(Tx::new(vring));
@@ -373,7 +378,7 @@ impl Pump {
         }
         // Who hears that the queue runs may count on its buffers being posted.
         self.work();
-        Ok(0)
+        Ok(resumed as u64)
     }
 
     fn stop(&mut self, tx: bool) -> Result<u64, Error> {
@@ -382,7 +387,10 @@ impl Pump {
             self.tx.as_ref().ok_or(stopped)?;
             self.drain();
             self.let_go(tx, !self.flight.is_empty())?;
-            let tx = self.tx.take();
+            let mut tx = self.tx.take();
+            if let Some(tx) = &mut tx {
+                tx.vring.give_back(&mut []);
+            }
             Ok(tx.map_or(0, |tx| u64::from(tx.vring.queue.next_avail())))
         } else {
             let rx = self.rx.as_mut().ok_or(stopped)?;

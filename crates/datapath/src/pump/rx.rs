@@ -17,7 +17,7 @@ use super::vring::{HEADER_BYTES_MAX, Vring};
 use crate::error::QueueFault;
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
 use crate::stats::{BounceReason, Counts, DropReason};
-use crate::virtqueue::{CHAIN_DESCS_MAX, Direction};
+use crate::virtqueue::{CHAIN_DESCS_MAX, Direction, Taken};
 use crate::xsk::{CHUNK_BYTES, RX_RING_DESCS, RxDesc, XskSocket};
 
 /// Frames handled before the other direction gets its turn.
@@ -35,16 +35,14 @@ const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 /// A guest buffer in the fill ring.
 #[derive(Debug, Clone, Copy, Default)]
 struct Posted {
-    head: u16,
-    position: u64,
+    taken: Taken,
     header: UmemAddr,
 }
 
 /// A head that a slab frame will be copied to.
 #[derive(Debug, Clone, Copy)]
 struct Waiting {
-    head: u16,
-    position: u64,
+    taken: Taken,
     segments: usize,
     capacity_bytes: u32,
     reason: BounceReason,
@@ -142,7 +140,7 @@ impl Rx {
         }
         let header_len = self.vring.header_len;
         memory.write(posted.header, &HEADER[..header_len as usize]);
-        self.vring.queue.push_used(posted.head, header_len + desc.len);
+        self.vring.queue.push_used(posted.taken.head, header_len + desc.len);
     }
 
     /// A frame in the slab: copied to as many waiting heads as it needs.
@@ -170,7 +168,7 @@ impl Rx {
                 let Some(segment) = self.waiting_segments.pop_front() else { break };
                 left.copy_into(self.vring.queue.memory(), segment, counts);
             }
-            self.vring.queue.push_used(head.head, before - left.bytes());
+            self.vring.queue.push_used(head.taken.head, before - left.bytes());
         }
     }
 
@@ -192,39 +190,38 @@ impl Rx {
     /// Takes fresh heads from the guest and posts them, or slab frames in their stead. Returns their number.
     fn refill(&mut self, xsk: &mut XskSocket, slab: &mut Slab) -> Result<u32, QueueFault> {
         let available = self.vring.queue.available()?;
-        let mut taken = 0;
+        let mut count = 0;
         for _ in 0..available.min(REFILL_BURST) {
             if self.posted.len() + slab.used() >= RX_RING_DESCS as usize
                 || self.posted.len() + self.waiting.len() >= RX_RING_DESCS as usize
             {
                 break;
             }
-            let position = self.vring.queue.position();
-            let head = self.vring.queue.take_head()?;
+            let taken = self.vring.queue.take_head()?;
             self.chain.clear();
-            if let Err(fault) = self.vring.queue.walk(head, Direction::DeviceWrites, &mut self.chain) {
-                self.vring.queue.untake(1);
+            if let Err(fault) = self.vring.queue.walk(taken.head, Direction::DeviceWrites, &mut self.chain) {
+                self.vring.queue.untake(taken);
                 return Err(fault);
             }
             match self.fit(xsk) {
                 Fit::Direct { header, frame } => {
                     let entry = xsk.layout.fill_address(frame);
-                    self.posted.insert(entry, Posted { head, position, header });
+                    self.posted.insert(entry, Posted { taken, header });
                     fill(xsk, entry);
                 }
                 Fit::Bounce(reason) if self.waiting_segments.len() + self.chain.len() <= WAITING_SEGMENTS_MAX => {
-                    self.wait(head, position, reason);
+                    self.wait(taken, reason);
                 }
                 Fit::Bounce(_) => {
-                    self.vring.queue.untake(1);
+                    self.vring.queue.untake(taken);
                     break;
                 }
-                Fit::Useless => self.vring.queue.push_used(head, 0),
+                Fit::Useless => self.vring.queue.push_used(taken.head, 0),
             }
-            taken += 1;
+            count += 1;
         }
         self.post_slab_frames(xsk, slab);
-        Ok(taken)
+        Ok(count)
     }
 
     /// Decides whether a frame can land in the guest's own memory (kernel-facts, section 10).
@@ -273,17 +270,11 @@ impl Rx {
         Ok(())
     }
 
-    fn wait(&mut self, head: u16, position: u64, reason: BounceReason) {
+    fn wait(&mut self, taken: Taken, reason: BounceReason) {
         let capacity = capacity_bytes(&self.chain);
         self.waiting_min_bytes = self.waiting_min_bytes.min(capacity);
         self.waiting_segments.extend(&self.chain);
-        self.waiting.push_back(Waiting {
-            head,
-            position,
-            segments: self.chain.len(),
-            capacity_bytes: capacity,
-            reason,
-        });
+        self.waiting.push_back(Waiting { taken, segments: self.chain.len(), capacity_bytes: capacity, reason });
     }
 
     /// Posts slab frames: one for each group of waiting heads that is sure to hold the longest frame. The first is
@@ -303,8 +294,8 @@ impl Rx {
 
     /// Gives every head back to the guest. The socket is closed: nothing can arrive any more.
     pub fn recall(&mut self, slab: &mut Slab) {
-        let mut heads: Vec<_> = self.posted.values().map(|p| (p.position, p.head)).collect();
-        heads.extend(self.waiting.iter().map(|w| (w.position, w.head)));
+        let mut heads: Vec<_> = self.posted.values().map(|posted| posted.taken).collect();
+        heads.extend(self.waiting.iter().map(|waiting| waiting.taken));
         self.posted.clear();
         self.waiting.clear();
         self.waiting_segments.clear();

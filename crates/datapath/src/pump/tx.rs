@@ -220,12 +220,12 @@ impl Tx {
         for taken in 0..available {
             let head = self.vring.queue.take_head()?;
             self.chain.clear();
-            if let Err(fault) = self.vring.queue.walk(head, Direction::DeviceReads, &mut self.chain) {
-                self.vring.queue.untake(1);
+            if let Err(fault) = self.vring.queue.walk(head.head, Direction::DeviceReads, &mut self.chain) {
+                self.vring.queue.untake(head);
                 return Err(fault);
             }
-            if !self.send_chain(head, xsk, flight, counts) {
-                self.vring.queue.untake(1);
+            if !self.send_chain(head.head, xsk, flight, counts) {
+                self.vring.queue.untake(head);
                 return Ok(taken);
             }
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::error::{Error, QueueFault};
 use crate::fd::EventFd;
 use crate::guest_memory::GuestMemory;
-use crate::virtqueue::{QueueConfig, SplitQueue};
+use crate::virtqueue::{InflightRecord, QueueConfig, SplitQueue, Taken};
 
 const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
 const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
@@ -42,6 +42,8 @@ pub struct VringConfig {
     pub call: Option<EventFd>,
     /// Signalled when the queue is stopped by a fault.
     pub err: Option<EventFd>,
+    /// What is in flight, for whoever comes after this process, and from whoever was before.
+    pub record: Option<InflightRecord>,
 }
 
 /// A running virtqueue.
@@ -57,14 +59,18 @@ pub(super) struct Vring {
     /// virtio_net_hdr in front of each frame, in bytes (VIRTIO 1.3 §5.1.6).
     pub header_len: u32,
     pub mergeable: bool,
+    /// Heads that were in flight when an earlier back-end ended.
+    pub resumed: usize,
 }
 
 impl Vring {
     pub fn new(memory: Arc<GuestMemory>, config: VringConfig) -> Result<Self, Error> {
         let event_idx = config.features & VIRTIO_RING_F_EVENT_IDX != 0;
         let mergeable = config.features & VIRTIO_NET_F_MRG_RXBUF != 0;
+        let mut queue = SplitQueue::new(memory, &QueueConfig { event_idx, ..config.queue })?;
+        let resumed = config.record.map_or(0, |record| queue.resume(record));
         Ok(Self {
-            queue: SplitQueue::new(memory, &QueueConfig { event_idx, ..config.queue })?,
+            queue,
             enabled: config.enabled,
             faulted: false,
             kick: config.kick,
@@ -72,6 +78,7 @@ impl Vring {
             err: config.err,
             header_len: header_len(config.features),
             mergeable,
+            resumed,
         })
     }
 
@@ -94,17 +101,19 @@ impl Vring {
         }
     }
 
-    /// Gives heads back that were taken and not used: `(position, head)`, position being that of the queue when it was
-    /// taken. Those taken last stay in the avail ring, by rewinding it; one that was taken before a head that is used
-    /// already cannot, and returns used with length 0.
-    pub fn give_back(&mut self, heads: &mut [(u64, u16)]) {
+    /// Gives heads back that were taken and not used. Those taken last stay in the avail ring, by rewinding it; one that
+    /// was taken before a head that is used already cannot, and returns used with length 0.
+    pub fn give_back(&mut self, heads: &mut [Taken]) {
         let next = self.queue.position();
-        heads.sort_unstable_by_key(|&(position, _)| Reverse(position));
-        let rewound = heads.iter().zip(1u64..).take_while(|((position, _), back)| position + back == next).count();
-        self.queue.untake(rewound as u16);
-        for &(_, head) in heads[rewound..].iter().rev() {
-            self.queue.push_used(head, 0);
+        heads.sort_unstable_by_key(|taken| Reverse(taken.position));
+        let rewound = heads.iter().zip(1u64..).take_while(|(taken, back)| taken.position + back == next).count();
+        for &taken in &heads[..rewound] {
+            self.queue.untake(taken);
         }
+        for taken in heads[rewound..].iter().rev() {
+            self.queue.push_used(taken.head, 0);
+        }
+        self.queue.give_up_resumed();
         self.flush();
     }
 

@@ -8,12 +8,16 @@
 
 mod chain;
 mod descriptor;
+mod inflight_record;
 mod split;
 #[cfg(test)]
 mod tests;
 
 pub use chain::Direction;
-pub use split::{QueueConfig, SplitQueue};
+pub use inflight_record::{InflightRecord, record_bytes};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use split::start_position;
+pub use split::{QueueConfig, SplitQueue, Taken};
 
 /// Longest chain that is walked; more than any driver makes (QEMU's VIRTQUEUE_MAX_SIZE is 1024 too).
 pub const CHAIN_DESCS_MAX: usize = 1024;

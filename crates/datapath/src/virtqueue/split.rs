@@ -1,10 +1,12 @@
 //! One split virtqueue, seen from the device.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::chain::{self, Direction, Table};
 use super::descriptor::DESCRIPTOR_BYTES;
+use super::inflight_record::InflightRecord;
 use crate::error::QueueFault;
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr, UserAddr};
 
@@ -13,6 +15,18 @@ const VIRTQ_USED_F_NO_NOTIFY: u16 = 1;
 const USED_ELEMENT_BYTES: u64 = 8;
 /// flags and idx, in front of the entries of the avail and the used ring.
 const RING_HEADER_BYTES: u64 = 4;
+
+/// Positions in the avail ring start here; below are heads that an earlier back-end took, whose entries are gone.
+const RING_POSITIONS: u64 = 1 << 32;
+
+/// A head that was taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// Its index.
+    pub head: u16,
+    /// The queue's position when it was taken: never the same again, for a head may be kept while 65536 others pass.
+    pub position: u64,
+}
 
 /// Where the rings of a queue are and how they are used.
 #[derive(Debug, Clone, Copy)]
@@ -42,6 +56,12 @@ pub struct SplitQueue {
     event_idx: bool,
     /// Next avail entry to take; free-running. Its low 16 bits are the ring's index; all of it is one head's alone.
     position: u64,
+    /// Heads that an earlier back-end took and did not use: the next to be taken, before those of the avail ring.
+    again: VecDeque<u16>,
+    /// How many of those have been taken.
+    again_taken: u64,
+    /// What is in flight, for whoever comes after this process.
+    record: Option<InflightRecord>,
     /// Avail index as last seen.
     avail_idx: u16,
     /// Next used entry to write; free-running. Entries up to here may not be published yet.
@@ -75,6 +95,9 @@ impl SplitQueue {
         let used = place("used ring", config.used, 4, RING_HEADER_BYTES + entries * USED_ELEMENT_BYTES + 2)?;
         // Relaxed: the used index is ours alone; it says what an earlier back-end published.
         let used_idx = memory.load_u16(used.plus(2), Ordering::Relaxed);
+        // Relaxed: a plausible value is all that is wanted; available() looks again.
+        let avail_idx = memory.load_u16(avail.plus(2), Ordering::Relaxed);
+        let position = start_position(config.base, used_idx, avail_idx, config.size as u16);
         Ok(Self {
             memory,
             size: config.size as u16,
@@ -82,13 +105,56 @@ impl SplitQueue {
             avail,
             used,
             event_idx: config.event_idx,
-            position: u64::from(config.base),
-            avail_idx: config.base,
+            position,
+            again: VecDeque::new(),
+            again_taken: 0,
+            record: None,
+            avail_idx: position as u16,
             next_used: used_idx,
             used_idx,
             called_at: used_idx,
             region_hint: 0,
         })
+    }
+
+    /// Goes on where a back-end ended without notice, if `record` is that of this ring, and keeps it from now on. Before
+    /// anything is taken. Returns the number of heads that were in flight.
+    ///
+    /// Heads taken last stay in the avail ring, by rewinding it; those that cannot be are taken again, in their order.
+    pub fn resume(&mut self, mut record: InflightRecord) -> usize {
+        // Acquire: as in available().
+        let avail_idx = self.memory.load_u16(self.avail.plus(2), Ordering::Acquire);
+        let found = record.recover(self.used_idx, avail_idx, |index| self.avail_entry(index));
+        let mut heads = found.unwrap_or_default();
+        let in_flight = heads.len();
+        if heads.is_empty() {
+            record.begin(self.used_idx);
+        } else {
+            self.position = RING_POSITIONS + u64::from(self.used_idx.wrapping_add(in_flight as u16));
+        }
+        if self.next_avail() != self.used_idx.wrapping_add(in_flight as u16) {
+            // The front-end says that heads are gone which were never ours. A record could not tell where it is.
+            record.invalidate();
+            return 0;
+        }
+        while let Some(&head) = heads.last()
+            && head == self.avail_entry(self.next_avail().wrapping_sub(1))
+        {
+            self.position -= 1;
+            record.untaken(head);
+            heads.pop();
+        }
+        self.avail_idx = self.next_avail();
+        self.again = heads.into();
+        self.record = Some(record);
+        in_flight
+    }
+
+    #[inline]
+    fn avail_entry(&self, index: u16) -> u16 {
+        let slot = u64::from(index & (self.size - 1));
+        // Relaxed: ordered by the Acquire load of the index.
+        self.memory.load_u16(self.avail.plus(RING_HEADER_BYTES + 2 * slot), Ordering::Relaxed)
     }
 
     /// The memory that the rings and buffers live in.
@@ -114,7 +180,7 @@ impl SplitQueue {
         self.position as u16
     }
 
-    /// As [`next_avail`](Self::next_avail), but never the same again: a head may be kept while 65536 others pass.
+    /// The next entry of the avail ring, as the [`Taken::position`] that its head will have.
     #[inline]
     pub fn position(&self) -> u64 {
         self.position
@@ -138,7 +204,7 @@ impl SplitQueue {
                 size: self.size,
             });
         }
-        Ok(ahead)
+        Ok(ahead.saturating_add(self.again.len() as u16))
     }
 
     /// Takes the next head. [`available`](Self::available) said that there is one.
@@ -146,22 +212,44 @@ impl SplitQueue {
     /// # Errors
     /// [`QueueFault::HeadOutOfRange`].
     #[inline]
-    pub fn take_head(&mut self) -> Result<u16, QueueFault> {
+    pub fn take_head(&mut self) -> Result<Taken, QueueFault> {
+        if let Some(head) = self.again.pop_front() {
+            self.again_taken += 1;
+            return Ok(Taken { head, position: self.again_taken - 1 });
+        }
         debug_assert_ne!(self.next_avail(), self.avail_idx, "a head is taken only if one is available");
-        let slot = u64::from(self.next_avail() & (self.size - 1));
-        // Relaxed: ordered by the Acquire load of the index in available().
-        let head = self.memory.load_u16(self.avail.plus(RING_HEADER_BYTES + 2 * slot), Ordering::Relaxed);
+        let head = self.avail_entry(self.next_avail());
         if head >= self.size {
             return Err(QueueFault::HeadOutOfRange { head, size: self.size });
         }
+        let taken = Taken { head, position: self.position };
         self.position += 1;
-        Ok(head)
+        if let Some(record) = &mut self.record {
+            record.taken(head);
+        }
+        Ok(taken)
     }
 
-    /// Gives back the `count` heads taken last: the driver's entries stay in the avail ring.
+    /// Gives back the head taken last: the driver's entry stays in the avail ring.
     #[inline]
-    pub fn untake(&mut self, count: u16) {
-        self.position -= u64::from(count);
+    pub fn untake(&mut self, taken: Taken) {
+        if taken.position < RING_POSITIONS {
+            self.again.push_front(taken.head);
+            self.again_taken -= 1;
+            return;
+        }
+        self.position -= 1;
+        debug_assert_eq!(taken.position, self.position, "only the head taken last can be given back");
+        if let Some(record) = &mut self.record {
+            record.untaken(taken.head);
+        }
+    }
+
+    /// Returns, used with length 0, heads of an earlier back-end that were not taken again.
+    pub fn give_up_resumed(&mut self) {
+        while let Some(head) = self.again.pop_front() {
+            self.push_used(head, 0);
+        }
     }
 
     /// Appends the segments of a chain to `segments`, up to its capacity.
@@ -177,6 +265,9 @@ impl SplitQueue {
     /// Writes a used entry; the driver sees it after [`publish_used`](Self::publish_used).
     #[inline]
     pub fn push_used(&mut self, head: u16, len_bytes: u32) {
+        if self.record.as_ref().is_some_and(InflightRecord::batch_is_full) {
+            self.publish_used();
+        }
         let slot = u64::from(self.next_used & (self.size - 1));
         self.memory.store_used_element(
             self.used.plus(RING_HEADER_BYTES + slot * USED_ELEMENT_BYTES),
@@ -184,6 +275,9 @@ impl SplitQueue {
             len_bytes,
         );
         self.next_used = self.next_used.wrapping_add(1);
+        if let Some(record) = &mut self.record {
+            record.used(head);
+        }
     }
 
     /// Shows all written used entries to the driver.
@@ -191,9 +285,15 @@ impl SplitQueue {
     pub fn publish_used(&mut self) {
         if self.used_idx != self.next_used {
             self.used_idx = self.next_used;
+            if let Some(record) = &self.record {
+                record.before_publish();
+            }
             // Release: used entries and the frames themselves are visible before the index. Pairs with the driver's
             // read barrier after it loads used->idx (VIRTIO 1.3 §2.7.14).
             self.memory.store_u16(self.used.plus(2), self.used_idx, Ordering::Release);
+            if let Some(record) = &mut self.record {
+                record.published(self.used_idx);
+            }
         }
     }
 
@@ -252,6 +352,15 @@ impl SplitQueue {
     fn used_event(&self) -> UmemAddr {
         self.avail.plus(RING_HEADER_BYTES + 2 * u64::from(self.size))
     }
+}
+
+/// Where to go on in the avail ring: at the front-end's base, unless it says that used heads are to be taken again, or
+/// heads that are not there. DPDK's virtio-user says 0 for a ring that it has used for long; at the used index nothing is
+/// lost as long as heads were used in their order.
+pub(crate) fn start_position(base: u16, used_idx: u16, avail_idx: u16, size: u16) -> u64 {
+    let outstanding = avail_idx.wrapping_sub(used_idx);
+    let is_impossible = outstanding <= size && base.wrapping_sub(used_idx) > outstanding;
+    RING_POSITIONS + u64::from(if is_impossible { used_idx } else { base })
 }
 
 /// Whether an index moving from `old` to `new` has passed `event` (vring_need_event, VIRTIO 1.3 §2.7.10).

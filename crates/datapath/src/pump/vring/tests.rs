@@ -2,7 +2,7 @@ use mpassthru_testing::driver::{RingLayout, Segment, Settlement, SplitDriver};
 use mpassthru_testing::memory::GuestPhysAddr;
 use proptest::prelude::*;
 
-use super::{VIRTIO_NET_F_HASH_REPORT, Vring};
+use super::{Taken, VIRTIO_NET_F_HASH_REPORT, Vring};
 use crate::fixture::{
     Guest, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, cases, was_signalled,
 };
@@ -23,10 +23,10 @@ fn post(driver: &mut SplitDriver, count: u16) {
     driver.publish();
 }
 
-/// Takes `count` heads, with their positions.
-fn take(vring: &mut Vring, count: u16) -> Vec<(u64, u16)> {
+/// Takes `count` heads.
+fn take(vring: &mut Vring, count: u16) -> Vec<Taken> {
     assert!(vring.queue.available().unwrap() >= count);
-    (0..count).map(|_| (vring.queue.position(), vring.queue.take_head().unwrap())).collect()
+    (0..count).map(|_| vring.queue.take_head().unwrap()).collect()
 }
 
 /// Lets the driver take every used head back. Returns how many, and how many of them came back with length 0.
@@ -74,7 +74,7 @@ proptest! {
         steps in prop::collection::vec(step(), 1..80),
     ) {
         let (mut driver, mut vring) = vring(16, VIRTIO_F_VERSION_1);
-        let mut taken: Vec<(u64, u16)> = Vec::new();
+        let mut taken: Vec<Taken> = Vec::new();
         for step in steps.into_iter().chain([Step::GiveBack]) {
             match step {
                 Step::Post(count) => {
@@ -87,8 +87,8 @@ proptest! {
                 }
                 Step::Use(count, which) => {
                     for _ in 0..count.min(taken.len() as u16) {
-                        let (_, head) = taken.swap_remove(which.index(taken.len()));
-                        vring.queue.push_used(head, 8);
+                        let used = taken.swap_remove(which.index(taken.len()));
+                        vring.queue.push_used(used.head, 8);
                     }
                     vring.flush();
                 }
@@ -113,8 +113,8 @@ fn test_heads_taken_last_stay_in_the_avail_ring_and_those_before_a_used_one_retu
     let (mut driver, mut vring) = vring(8, VIRTIO_F_VERSION_1);
     post(&mut driver, 6);
     let mut taken = take(&mut vring, 5);
-    let (_, used) = taken.remove(2);
-    vring.queue.push_used(used, 8);
+    let used = taken.remove(2);
+    vring.queue.push_used(used.head, 8);
     vring.give_back(&mut taken);
     assert_eq!(vring.queue.next_avail(), 3, "two of five rewound");
     assert_eq!(release_used(&mut driver), (3, 2), "one used, two in front of it returned empty");
@@ -128,15 +128,15 @@ fn test_a_head_that_waited_for_a_whole_turn_of_the_index_is_not_taken_for_a_fres
     let mut taken = take(&mut vring, 1);
     for _ in 0..65536 - 1 {
         post(&mut driver, 1);
-        let (_, head) = take(&mut vring, 1)[0];
-        vring.queue.push_used(head, 8);
+        let taken = take(&mut vring, 1)[0];
+        vring.queue.push_used(taken.head, 8);
         vring.flush();
         release_used(&mut driver);
     }
     // Its position is now 65536 behind that of the next head, the same in 16 bits.
     post(&mut driver, 1);
     taken.extend(take(&mut vring, 1));
-    assert_eq!(taken[0].0 as u16, taken[1].0 as u16);
+    assert_eq!(taken[0].position as u16, taken[1].position as u16);
     vring.give_back(&mut taken);
     release_used(&mut driver);
     assert_eq!(settle(&driver, &vring), Settlement { given_back: 1, never_returned: 0, returned_twice: 0 });
@@ -160,13 +160,13 @@ fn test_a_flush_calls_once_if_the_driver_wants_it() {
     let heads = take(&mut vring, 2);
     vring.flush();
     assert!(!call(&vring), "nothing was used");
-    vring.queue.push_used(heads[0].1, 1);
+    vring.queue.push_used(heads[0].head, 1);
     vring.flush();
     assert!(call(&vring));
     vring.flush();
     assert!(!call(&vring), "nothing was used since");
     driver.disable_notifications();
-    vring.queue.push_used(heads[1].1, 1);
+    vring.queue.push_used(heads[1].head, 1);
     vring.flush();
     assert!(!call(&vring), "the driver wants none");
     assert_eq!(release_used(&mut driver).0, 2);

@@ -56,7 +56,7 @@ impl Model {
             }
             Step::Work if !self.asleep => {
                 for _ in 0..self.queue.available().unwrap() {
-                    let head = self.queue.take_head().unwrap();
+                    let head = self.queue.take_head().unwrap().head;
                     self.queue.push_used(head, 0);
                 }
                 self.queue.publish_used();

@@ -3,6 +3,7 @@
 mod calls;
 mod chains;
 mod hostile;
+mod inflight;
 mod kicks;
 mod oracle;
 mod rings;

@@ -152,7 +152,7 @@ proptest! {
             ring.set_avail_idx(avail_idx);
             prop_assert_eq!(ours.available(), Ok(count));
             for _ in 0..count {
-                let head = ours.take_head().unwrap();
+                let head = ours.take_head().unwrap().head;
                 prop_assert_eq!(theirs.pop_descriptor_chain(&view).unwrap().head_index(), head);
                 ours.push_used(head, 1);
                 theirs.add_used(&view, head, 1).unwrap();

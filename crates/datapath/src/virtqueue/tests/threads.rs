@@ -25,7 +25,7 @@ fn run_device(mut queue: SplitQueue, kick: &EventFd, call: &EventFd) {
     while left > 0 {
         let count = queue.available().unwrap();
         for _ in 0..count {
-            let head = queue.take_head().unwrap();
+            let head = queue.take_head().unwrap().head;
             queue.push_used(head, 1);
         }
         left -= u32::from(count);

@@ -9,7 +9,7 @@ use super::model::{Ring, Side};
 use crate::fd::EventFd;
 use crate::guest_memory::UmemAddr;
 use crate::pump::{Command, VringConfig};
-use crate::virtqueue::QueueConfig;
+use crate::virtqueue::{QueueConfig, start_position};
 use crate::xsk::test_kernel::Received;
 use crate::xsk::{BindMode, Contiguity, DriverRules};
 
@@ -196,10 +196,13 @@ impl Case<'_> {
             kick: EventFd::new().expect("an eventfd"),
             call: (bits & 0x80 == 0).then(|| EventFd::new().expect("an eventfd")),
             err: None,
+            record: None,
         };
         let next_desc = side.next_desc;
-        let used_idx = if ring.used_idx() < plan.total_bytes() { self.world.read_u16(ring.used_idx()) } else { 0 };
-        let started = Side { position: u64::from(base), used_idx, next_desc, base, ..Side::default() };
+        let index_at = |at: u64| if at < plan.total_bytes() { self.world.read_u16(at) } else { 0 };
+        let used_idx = index_at(ring.used_idx());
+        let position = start_position(base, used_idx, index_at(ring.avail_idx()), size as u16);
+        let started = Side { position, used_idx, next_desc, base, ..Side::default() };
         let memory = Arc::clone(self.world.memory());
         let command = Command::Start { tx, memory, config: Box::new(config) };
         self.sides[usize::from(tx)] = Side { ring: Some(ring), ..started };

@@ -1,6 +1,7 @@
 //! A pump with a model kernel: its commands one by one, and its loop on a thread.
 
 mod commands;
+mod crash;
 mod faults;
 mod thread;
 
