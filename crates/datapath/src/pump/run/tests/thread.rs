@@ -140,3 +140,49 @@ fn test_an_adaptive_pump_is_woken_for_all_work() {
 fn test_a_busy_pump_needs_no_kick() {
     loop_back(PollMode::Busy);
 }
+
+/// No descriptor announces completions: the pump looks for them by itself, though the guest does nothing more.
+#[test]
+fn test_buffers_that_the_kernel_gives_back_late_are_used_without_further_traffic() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    let mut kernel = bench.attach();
+    kernel.ask_for_tx_wakeup(true);
+    let config = bench.vring(true);
+    let kick = EventFd::duplicate(config.kick.raw()).unwrap();
+    let call = EventFd::duplicate(config.call.as_ref().unwrap().raw()).unwrap();
+    bench.commands.push(0, Command::Start { tx: true, memory: bench.guest.memory.clone(), config: Box::new(config) });
+    let Bench { guest: _guest, pump, commands, events: _events, mut drivers } = bench;
+    let [_, tx] = &mut drivers;
+    for number in 0..3 {
+        tx.add(&[Segment::readable(buffer(number), HEADER_BYTES + FRAME_BYTES)]).unwrap();
+    }
+    let thread = std::thread::spawn(move || pump.run());
+    tx.publish();
+    kick.signal();
+    let deadline = Instant::now() + DEADLINE;
+    while kernel.sending() < 3 {
+        assert!(Instant::now() < deadline, "the pump sends what was kicked for");
+        kernel.send(32);
+        std::thread::yield_now();
+    }
+
+    call.clear();
+    sleep([call.raw()], Some(Duration::from_millis(20))); // long enough for the pump to fall asleep
+    assert!(tx.pop_used().is_none(), "nothing was given back yet");
+    while kernel.sending() > 0 {
+        kernel.complete(0);
+    }
+    let mut used = 0;
+    while used < 3 {
+        if tx.enable_notifications(1) {
+            assert!(sleep([call.raw()], Some(DEADLINE))[0], "{used} of 3 buffers came back");
+            call.clear();
+        }
+        while let Some(head) = tx.pop_used() {
+            tx.release(head.unwrap().head);
+            used += 1;
+        }
+    }
+    commands.push(0, Command::Quit);
+    thread.join().unwrap();
+}
