@@ -20,6 +20,7 @@ from typing import ClassVar, Literal, Self
 from mpassthru.errors import RefusedError
 from mpassthru.testing.child import ChildError, last_lines, running_child
 from mpassthru.testing.initramfs import find_program
+from mpassthru.testing.netns import Namespace
 
 ForwardMode = Literal["io", "mac", "macswap", "rxonly", "txonly", "flowgen", "icmpecho"]
 
@@ -67,6 +68,26 @@ class VhostPort:
     def vdev(self, index: int) -> str:
         """Return EAL's `--vdev` option for port `index`."""
         return _vdev(f"net_vhost{index}", iface=self.path, queues=self.queues, client=self.client)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AfXdpPort:
+    """An interface through AF_XDP (`net_af_xdp`): what DPDK's own back-end forwards to and from."""
+
+    iface: str
+    start_queue: int | None = None
+    queue_count: int | None = None
+    busy_budget: int | None = None
+
+    def vdev(self, index: int) -> str:
+        """Return EAL's `--vdev` option for port `index`."""
+        return _vdev(
+            f"net_af_xdp{index}",
+            iface=self.iface,
+            start_queue=self.start_queue,
+            queue_count=self.queue_count,
+            busy_budget=self.busy_budget,
+        )
 
 
 def _vdev(name: str, **options: Path | str | int | None) -> str:
@@ -182,10 +203,11 @@ class Testpmd:
 
     def __init__(
         self,
-        ports: Sequence[VirtioUser | VhostPort],
+        ports: Sequence[VirtioUser | VhostPort | AfXdpPort],
         *,
         cores: Sequence[int] = (0, 1),
         arguments: Sequence[str] = (),
+        namespace: Namespace | None = None,
         start_timeout_s: float = 30.0,
     ) -> None:
         """Describe it; nothing runs yet.
@@ -194,6 +216,7 @@ class Testpmd:
             ports: Its ports, in order.
             cores: CPUs: the first for commands, the others to forward; at least two.
             arguments: More options of testpmd (not of EAL), such as ``["--rxq=2", "--txq=2"]``.
+            namespace: Network namespace of its interfaces; None for this process's.
             start_timeout_s: Seconds until it must take commands.
 
         Raises:
@@ -204,6 +227,7 @@ class Testpmd:
         self._ports = list(ports)
         self._cores = list(cores)
         self._arguments = list(arguments)
+        self._namespace = namespace
         self._start_timeout_s = start_timeout_s
         self._resources = AsyncExitStack()
         self._process: Process
@@ -222,7 +246,7 @@ class Testpmd:
         command = ["env", f"RUNTIME_DIRECTORY={runtime}", "stdbuf", "-oL", "dpdk-testpmd", *self._eal_arguments()]
         command += ["--", "--interactive", *self._arguments]
         try:
-            self._process = await self._resources.enter_async_context(running_child(*command, stdin=PIPE))
+            self._process = await self._resources.enter_async_context(running_child(*command, namespace=self._namespace, stdin=PIPE))
             _check_start(await self._until_prompt("(start)", self._start_timeout_s))
         except BaseException:
             await self._resources.aclose()

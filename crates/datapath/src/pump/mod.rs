@@ -22,4 +22,4 @@ pub(crate) use run::fuzz;
 pub(crate) use run::{Pump, PumpView};
 pub(crate) use slab::slab_bytes;
 pub use vring::VringConfig;
-pub use wait::PollMode;
+pub use wait::{PollMode, Spin, sleep};

@@ -21,13 +21,14 @@ const SPIN_MIN: Duration = Duration::from_micros(2);
 
 /// Decides between polling on and sleeping.
 #[derive(Debug)]
-pub(super) struct Spin {
+pub struct Spin {
     mode: PollMode,
     budget: Duration,
     idle_since: Option<Instant>,
 }
 
 impl Spin {
+    /// Polls little at first.
     pub fn new(mode: PollMode) -> Self {
         Self { mode, budget: SPIN_MIN, idle_since: None }
     }
@@ -62,7 +63,7 @@ impl Spin {
 }
 
 /// Sleeps until one of `fds` is readable (absent ones are -1), or for `timeout`. Returns which are readable.
-pub(super) fn sleep<const N: usize>(fds: [RawFd; N], timeout: Option<Duration>) -> [bool; N] {
+pub fn sleep<const N: usize>(fds: [RawFd; N], timeout: Option<Duration>) -> [bool; N] {
     let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     let timespec =
         timeout.map(|t| libc::timespec { tv_sec: t.as_secs() as libc::time_t, tv_nsec: t.subsec_nanos().into() });
