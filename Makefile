@@ -12,7 +12,8 @@ UNPRIVILEGED := $(if $(filter 0,$(shell id -u)),setpriv --bounding-set=-all --in
 IN_MACHINE = mkdir -p build/reports && .venv/bin/python -m mpassthru.testing.zerocopy_machine $$(tools/zerocopy-machine) \
     --share build/reports --timeout 1800 --
 
-.PHONY: help setup check test test-unit test-netns test-guest test-virtio-user test-zerocopy test-zerocopy-quick test-soak fuzz soak demo clean
+.PHONY: help setup check test test-unit test-netns test-guest test-virtio-user test-zerocopy test-zerocopy-quick test-soak \
+    fuzz soak demo bench bench-quick clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +81,12 @@ demo: setup ## Real traffic through a port, with the built-in guest; GUEST=qemu 
 	@$(if $(filter qemu,$(GUEST)),tools/guest-kernel >/dev/null)
 	@mkdir -p build/reports
 	@.venv/bin/mpassthru demo $(if $(GUEST),--guest $(GUEST)) --report build/reports/$@.json
+
+bench: setup ## Throughput, CPU and loss beside DPDK and the limit of AF_XDP; an hour; see bench/README.md (root)
+	@.venv/bin/python -m bench
+
+bench-quick: setup ## The short form of bench: under three minutes (root)
+	@.venv/bin/python -m bench --quick
 
 clean: ## Remove what was built; .venv and Debian packages stay
 	rm -rf build target python/mpassthru/_core*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -31,7 +31,7 @@ def main() -> int:
         return 1
     command = shlex.join(("python", "-m", "bench", *sys.argv[1:]))
     try:
-        results = asyncio.run(run(plan, limit_program=_build_limit(), command=command, say=_say))
+        results = asyncio.run(run(plan, limit_program=build_limit(), command=command, say=_say, only=arguments.only))
     except MpassthruError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -46,6 +46,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, metavar="N", help="repeats of everything")
     parser.add_argument("--seconds", type=float, metavar="S", help="that each load is measured for")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="BYTES", choices=FRAME_SIZES, help="frame sizes")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="back-ends; the limit is what others are compared to")
     parser.add_argument("--reports", type=Path, metavar="DIR", default=ROOT / "build/reports", help="where to write")
     return parser.parse_args()
 
@@ -62,7 +63,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return msgspec.structs.replace(plan, **changes)
 
 
-def _build_limit() -> Path:
+def build_limit() -> Path:
     """Build the limit's program; its path."""
     command = ("cargo", "build", "--quiet", "--locked", "--release", "-p", "mpassthru-limit")
     subprocess.run(command, cwd=ROOT, check=True)

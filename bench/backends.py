@@ -107,9 +107,7 @@ def _by_reason(direction: str, report: DirectionReport) -> dict[str, int]:
 
 
 @asynccontextmanager
-async def port(
-    namespace: Namespace, folder: Path, placement: Placement, *, mode: str
-) -> AsyncIterator[Backend]:
+async def port(namespace: Namespace, folder: Path, placement: Placement, *, mode: str) -> AsyncIterator[Backend]:
     """A port of ours in one of its modes."""
     path, started_s = folder / "port.sock", time.monotonic()
     async with attached_port(namespace, path, "--mode", mode, interval_s=_INTERVAL_S) as attached:
@@ -142,7 +140,7 @@ class _Testpmd(_WithGuest):
 async def testpmd(namespace: Namespace, folder: Path, placement: Placement) -> AsyncIterator[Backend]:
     """dpdk-testpmd forwarding between the interface and the guest; its forwarding thread polls a CPU of its own."""
     path, started_s = folder / "vhost.sock", time.monotonic()
-    ports = [AfXdpPort(iface=namespace.ifname), VhostPort(path=path)]
+    ports = (AfXdpPort(iface=namespace.ifname), VhostPort(path=path))
     async with Testpmd(ports, cores=placement.polling_cores(), namespace=namespace) as running:
         await running.start("io")
         async with BuiltinGuest.connect(path, GUEST) as guest:
@@ -189,9 +187,7 @@ class _Limit:
 
 
 @asynccontextmanager
-async def limit(
-    namespace: Namespace, placement: Placement, *, program: Path
-) -> AsyncIterator[Backend]:
+async def limit(namespace: Namespace, placement: Placement, *, program: Path) -> AsyncIterator[Backend]:
     """The limit: rx-drop and tx-only."""
     started_s = time.monotonic()
     arguments = (str(program), str(namespace.ifindex), str(FRAME_MAX_BYTES))

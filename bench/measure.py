@@ -46,13 +46,12 @@ async def measure(plan: Plan, load: Load, backend: Backend, wire: Wire, *, peer:
     """
     before = await _at_rest(backend, wire)
     async with _applied(load, backend, wire) as sent_by_wire:
-        sent_before = sent_by_wire()
         await asyncio.sleep(plan.warm_up_s)
         start = await _look(backend, wire)
         await asyncio.sleep(plan.seconds)
         end = await _look(backend, wire)
     after = await _at_rest(backend, wire)
-    offered = sent_by_wire() - sent_before + after.handed_over - before.handed_over
+    offered = sent_by_wire() + after.handed_over - before.handed_over
     delivered = _moved(load, before, after)
     return Sample(
         peer=peer,

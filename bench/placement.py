@@ -1,4 +1,4 @@
-"""Who runs on which CPU. On a small machine two threads share one, and who shares with whom decides what is measured."""
+"""Who runs on which CPU. On a small machine threads share them, and who shares with whom decides what is measured."""
 
 from __future__ import annotations
 

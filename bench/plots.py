@@ -53,6 +53,7 @@ def _script(rows: list[Row], figure: str, label: str, machine: dict[str, str], p
     yield "set style fill solid 0.85 noborder"
     yield "set yrange [0:*]"
     yield "set offsets graph 0, 0, 0.15, 0"
+    yield "set errorbars linecolor black"
     yield "set grid ytics"
     yield "set key top left horizontal"
     yield "set xlabel 'frame size in bytes'"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,8 +70,17 @@ def contenders(placement: Placement, limit_program: Path) -> list[_Contender]:
     ]
 
 
-async def run(plan: Plan, *, limit_program: Path, command: str, say: Callable[[str], None]) -> Results:
+async def run(
+    plan: Plan, *, limit_program: Path, command: str, say: Callable[[str], None], only: Collection[str] | None = None
+) -> Results:
     """Measure everything in the plan.
+
+    Args:
+        plan: What to measure.
+        limit_program: That of bench/limit.
+        command: For the report.
+        say: Told how far it is.
+        only: Names of back-ends; None for all.
 
     Raises:
         MpassthruError: the namespace or the wire cannot be had.
@@ -79,24 +88,21 @@ async def run(plan: Plan, *, limit_program: Path, command: str, say: Callable[[s
     started_s = time.monotonic()
     placement = Placement()
     described = machine(placement)
-    compared = contenders(placement, limit_program)
+    compared = [it for it in contenders(placement, limit_program) if only is None or it.name in only]
     samples: list[Sample] = []
     for round_ in range(1, plan.rounds + 1):
         for contender in compared:
             if contender.missing is None:
                 say(f"round {round_} of {plan.rounds}: {contender.name}")
                 try:
-                    async for sample in _round(contender, plan, placement, round_):
-                        samples.append(sample)  # noqa: PERF401 - those before an error count
+                    await _round(contender, plan, placement, round_, samples)
                 except (MpassthruError, OSError, TimeoutError) as error:
                     contender.missing = f"round {round_}: {error}"
                     say(f"{contender.name} is missing: {error}")
-    expected: dict[str, int] = defaultdict(int)
-    for sample in samples:
-        expected[sample.peer] += 1
+    taken = Counter(sample.peer for sample in samples)
     return Results(
         target=plan.name,
-        ok=all(expected[name] == plan.rounds * len(plan.loads) for name in NEEDED),
+        ok=all(taken[name] == plan.rounds * len(plan.loads) for name in NEEDED if only is None or name in only),
         seconds=round(time.monotonic() - started_s, 1),
         command=command,
         machine=described,
@@ -107,7 +113,8 @@ async def run(plan: Plan, *, limit_program: Path, command: str, say: Callable[[s
     )
 
 
-async def _round(contender: _Contender, plan: Plan, placement: Placement, round_: int) -> AsyncIterator[Sample]:
+async def _round(contender: _Contender, plan: Plan, placement: Placement, round_: int, samples: list[Sample]) -> None:
+    """One back-end under every load; samples that were taken before an error count."""
     with veth_namespace() as namespace, tempfile.TemporaryDirectory(prefix="mpassthru-bench-") as folder:
         # What has no XDP program receives as fast as veth can only so.
         namespace.run("ethtool", "-K", namespace.ifname, "gro", "on")
@@ -115,5 +122,5 @@ async def _round(contender: _Contender, plan: Plan, placement: Placement, round_
             with contextlib.closing(Wire(namespace, placement)) as wire:
                 contender.start_s.append(backend.start_s)
                 for load in plan.loads:
-                    yield await measure(plan, load, backend, wire, peer=contender.name, round_=round_)
+                    samples.append(await measure(plan, load, backend, wire, peer=contender.name, round_=round_))
                 contender.peak_bytes.append(peak_memory_bytes(backend.pid))

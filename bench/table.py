@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.load import Load
 from bench.results import LIMIT, Results, Row, Spread
 
 _HEADINGS = (
-    "bytes | back-end | Mframes/s | Gbit/s | of limit | back-end ns/frame | user | system | of limit | machine ns/frame "
-    "| lost"
+    "bytes | back-end | Mframes/s | Gbit/s | of limit | back-end ns/frame | user | system | of limit | "
+    "machine ns/frame | lost"
 )
 
 
@@ -26,8 +25,8 @@ def _lines(results: Results) -> Iterator[str]:
     for name, value in results.machine.items():
         yield f"- {name}: {value}"
     yield ""
-    yield "Each figure is the median of the rounds, with the least and the greatest. rx is towards the guest. Bytes are "
-    yield "without FCS. CPU times are for each frame that was delivered. Ratios to the limit are made in each round."
+    yield "Each figure is the median of the rounds, with the least and the greatest. rx is towards the guest. Bytes"
+    yield "are without FCS. CPU times are for each frame that was delivered. Ratios are made within each round."
     yield ""
     yield "| back-end | what | ready after | peak memory | missing |"
     yield "|---|---|---|---|---|"
@@ -77,9 +76,3 @@ def _lost(row: Row) -> str:
         return "0"
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(row.lost.items(), key=lambda item: -item[1]))
     return f"{100 * share.median:.1f} % ({reasons or 'uncounted'})"
-
-
-def title(load: Load) -> str:
-    """A load in a few words."""
-    rate = f" at {load.rate_frames_per_s:,}/s" if load.rate_frames_per_s else ""
-    return f"{load.direction} {load.frame_bytes}{rate}"

@@ -51,10 +51,10 @@ class Wire:
 
     @asynccontextmanager
     async def sending(self, load: Load) -> AsyncIterator[Callable[[], int]]:
-        """Send for the length of the block; yields what tells how many frames were sent, exact after the block.
+        """Send for the length of the block; yields what tells how many were sent, exactly after the block.
 
-        Without a rate, copies of one frame leave by the kernel's own hand, as many as it can; at a rate, patterned frames
-        through AF_PACKET, as those of any program.
+        Without a rate, copies of one frame leave by the kernel's own hand, as many as it can; at a rate, patterned
+        frames through AF_PACKET, as those of any program.
         """
         async with AsyncExitStack() as resources:
             if load.rate_frames_per_s is None:

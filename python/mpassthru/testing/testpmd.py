@@ -246,7 +246,9 @@ class Testpmd:
         command = ["env", f"RUNTIME_DIRECTORY={runtime}", "stdbuf", "-oL", "dpdk-testpmd", *self._eal_arguments()]
         command += ["--", "--interactive", *self._arguments]
         try:
-            self._process = await self._resources.enter_async_context(running_child(*command, namespace=self._namespace, stdin=PIPE))
+            self._process = await self._resources.enter_async_context(
+                running_child(*command, namespace=self._namespace, stdin=PIPE)
+            )
             _check_start(await self._until_prompt("(start)", self._start_timeout_s))
         except BaseException:
             await self._resources.aclose()
