@@ -82,7 +82,7 @@ demo: setup ## Real traffic through a port, with the built-in guest; GUEST=qemu 
 	@mkdir -p build/reports
 	@.venv/bin/mpassthru demo $(if $(GUEST),--guest $(GUEST)) --report build/reports/$@.json
 
-bench: setup ## Throughput, CPU and loss beside DPDK and the limit of AF_XDP; an hour; see bench/README.md (root)
+bench: setup ## Throughput, CPU and loss beside DPDK and the limit of AF_XDP; half an hour; see bench/README.md (root)
 	@.venv/bin/python -m bench
 
 bench-quick: setup ## The short form of bench: under three minutes (root)

@@ -109,4 +109,4 @@ def test_cpu_time_of_this_process_goes_up() -> None:
     while (now := cpu_time(os.getpid())).user_s + now.system_s == before.user_s + before.system_s:
         sum(range(10_000))
     assert now.total_s > before.total_s
-    assert now.machine_s > before.machine_s
+    assert now.machine_s >= before.machine_s
