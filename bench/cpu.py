@@ -1,7 +1,7 @@
 """CPU time of processes and of the machine, and who runs where.
 
-A process's total is the scheduler's own sum, in nanoseconds (its CPU clock, clock_getcpuclockid(3)); how much of it was user time is known by ticks
-only (`stat`), so that part needs seconds, not fractions, to be exact to a per cent.
+A process's total is the scheduler's own sum, in nanoseconds (its CPU clock, clock_getcpuclockid(3)); how much of it was
+user time is known by ticks only (`stat`), so that part needs seconds, not fractions, to be exact to a per cent.
 """
 
 from __future__ import annotations
