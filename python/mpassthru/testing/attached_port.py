@@ -137,6 +137,7 @@ async def attached_port(
     socket_path: Path,
     *options: str,
     interval_s: float = INTERVAL_S,
+    connect: bool = False,
     prefix: Sequence[str] = (),
     python: str = sys.executable,
 ) -> AsyncIterator[AttachedPort]:
@@ -144,15 +145,22 @@ async def attached_port(
 
     Args:
         namespace: Where the interface is.
-        socket_path: Where the front-end will connect.
+        socket_path: Where the front-end will connect, or listens.
         options: More options of `mpassthru attach`.
         interval_s: Seconds between figures.
+        connect: The front-end listens.
         prefix: Command to run it with, such as `setpriv` and its options.
         python: Interpreter to run it with.
     """
     command = (python, "-m", "mpassthru", "attach", namespace.ifname, "--json", "--interval", str(interval_s))
     async with running_child(
-        *prefix, *command, "--socket-path", str(socket_path), *options, namespace=namespace, stderr=PIPE
+        *prefix,
+        *command,
+        "--connect" if connect else "--socket-path",
+        str(socket_path),
+        *options,
+        namespace=namespace,
+        stderr=PIPE,
     ) as process:
         port = AttachedPort(process)
         following = asyncio.create_task(port.follow())
