@@ -147,9 +147,7 @@ class BuiltinGuest:
         await self._hand_over_inflight()
         for index in self.vrings:
             await self.start_vring(index)
-        for index in self.vrings:
-            if self.frontend.features & VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES:
-                await self.frontend.set_vring_enable(index, True)
+        await self._enable_vrings()
         if self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS):
             status = DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK | DeviceStatus.DRIVER_OK
             await self.frontend.set_status(status)
@@ -173,6 +171,11 @@ class BuiltinGuest:
         await self.frontend.set_vring_err(index, ring.err_fd)
         await self.frontend.set_vring_call(index, ring.call_fd)
         await self.frontend.set_vring_kick(index, ring.kick_fd)
+
+    async def _enable_vrings(self) -> None:
+        if self.frontend.features & VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES:
+            for index in self.vrings:
+                await self.frontend.set_vring_enable(index, True)
 
     async def _hand_over_inflight(self) -> None:
         """Keep what a back-end writes down of what is in flight, and give it to the next (INFLIGHT_SHMFD)."""
@@ -219,6 +222,8 @@ class BuiltinGuest:
         if await _negotiate(frontend, self.config) != features:
             raise RefusedError("the back-end came back with other features: reset the guest instead")
         self.bases = [self.ring(index).used_idx for index in self.vrings]
+        # First, so that nothing which waits in the tx rings is discarded (vhost-user.rst, "Ring states").
+        await self._enable_vrings()
         await self.start_device()
 
     @property

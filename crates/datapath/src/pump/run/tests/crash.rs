@@ -128,6 +128,8 @@ fn test_heads_that_nobody_took_again_before_the_stop_are_given_back_too() {
     assert_eq!(machine.start()[1], 2, "without a socket nothing is taken");
     assert_eq!(machine.bench.stop(true), 2, "the last one stays in the ring");
     assert_eq!(machine.outstanding(), [0, 1]);
+    machine.bench.stop(false);
+    assert_eq!(machine.start(), [0, 0], "what is in the ring is not in flight");
 }
 
 #[test]
