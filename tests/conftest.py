@@ -57,8 +57,9 @@ class Report:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--report PATH`."""
+    """Add `--report PATH` and `--seed N`."""
     parser.addoption("--report", type=Path, default=None, help="write outcomes and measured figures to this JSON file")
+    parser.addoption("--seed", type=int, default=None, help="of tests that draw at random; they print theirs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,3 +82,13 @@ def record_figure(request: pytest.FixtureRequest) -> RecordFigure:
         request.node.user_properties.append((FIGURE + name, value))
 
     return record
+
+
+@pytest.fixture
+def seed(pytestconfig: pytest.Config, record_figure: RecordFigure) -> int:
+    """The seed of a test that draws at random, printed where it fails: `--seed`, or another each time."""
+    given: int | None = pytestconfig.getoption("--seed")
+    value = int.from_bytes(os.urandom(4)) if given is None else given
+    record_figure("seed", value)
+    print(f"again with: --seed {value}")
+    return value

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import array
 import asyncio
-import errno
 import os
 import socket
 from typing import Generic, Literal, TypeVar
 
 import msgspec
 
-from mpassthru.errors import MpassthruError, errno_name
+from mpassthru.errors import MpassthruError, attempting, errno_name
 from mpassthru.report import DirectionReport
 from mpassthru.rules import ZeroCopyRules
 
@@ -186,7 +185,8 @@ Incoming = TypeVar("Incoming", bound=_Message)
 class ControlChannel(Generic[Outgoing, Incoming]):
     """One end of the channel. Sending never blocks; receiving waits on the running asyncio loop.
 
-    If the other process does not read, sending fails, whoever sends, and the channel is over for both: `receive` tells.
+    If a message cannot be sent, as when the other process does not read, the channel is over for both, whoever sends:
+    `receive` tells.
     """
 
     def __init__(self, sock: socket.socket, incoming: object) -> None:
@@ -200,8 +200,11 @@ class ControlChannel(Generic[Outgoing, Incoming]):
         """Send a message with copies of `fds`, which stay the caller's.
 
         Raises:
-            ControlError: the other process is gone, or has not read for so long that the buffer is full.
+            ControlError: the other process is gone, or has not read for so long that the buffer is full; or the kernel
+                has no memory for it.
         """
+        if self._failure is not None:
+            raise self._failure
         data = self._encoder.encode(message)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
         try:
@@ -209,7 +212,7 @@ class ControlChannel(Generic[Outgoing, Incoming]):
         except OSError as error:
             name = type(message).__name__
             failure = ControlError(f"cannot send {name} on the control socket ({errno_name(error.errno)})")
-            if error.errno == errno.EAGAIN:
+            if not isinstance(error, ConnectionError):  # which is the end of the channel anyway
                 self._failure = failure
                 self._sock.shutdown(socket.SHUT_RDWR)
             raise failure from error
@@ -221,7 +224,7 @@ class ControlChannel(Generic[Outgoing, Incoming]):
             The message and the fds that came with it, which are the caller's to close; None at end of file.
 
         Raises:
-            ControlError: not a message of this direction, or too large; or sending has failed.
+            ControlError: not a message of this direction, or too large; or sending has failed, or the kernel.
         """
         # There may always be a next message: other tasks get their turn between two.
         await asyncio.sleep(0)
@@ -243,7 +246,8 @@ class ControlChannel(Generic[Outgoing, Incoming]):
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         fd = self._sock.fileno()
-        loop.add_reader(fd, readable.set)
+        with attempting("wait for the control socket"):
+            loop.add_reader(fd, readable.set)
         try:
             await readable.wait()
         finally:
@@ -256,6 +260,10 @@ class ControlChannel(Generic[Outgoing, Incoming]):
             )
         except ConnectionError:
             return None
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise ControlError(f"cannot receive on the control socket ({errno_name(error.errno)})") from error
         fds = _received_fds(ancillary)
         if not data and not fds:
             return None

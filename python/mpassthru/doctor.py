@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from typing import Final, Literal
 
@@ -15,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mpassthru import doctor_checks
+from mpassthru import doctor_checks, event_loop
 from mpassthru.doctor_checks import Check, Status
 from mpassthru.netdev import Interface, UmemCost, read_interface, zero_copy_rules
 from mpassthru.rules import ZeroCopyRules
@@ -58,7 +57,7 @@ def diagnose(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES
     Raises:
         HostError: ENODEV if there is no such interface.
     """
-    return asyncio.run(examine(ifname, guest_size_bytes, queues=queues))
+    return event_loop.run(examine(ifname, guest_size_bytes, queues=queues))
 
 
 async def examine(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES, *, queues: int = 1) -> Report:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mpassthru.broker.stale_socket import stale_removed
-from mpassthru.errors import HostError, RefusedError, errno_name
+from mpassthru.errors import HostError, RefusedError, attempting, errno_name
 
 CONNECT_RETRY_S = 0.25
 """Pause between two tries to reach a front-end that does not listen yet."""
@@ -66,12 +66,21 @@ class ListeningEndpoint:
         self._path = path
         self._sock = _bind(path, access or SocketAccess())
         self._identity = _identity(path)
-        self._sock.listen(1)
+        try:
+            self._sock.listen(1)
+        except OSError as error:
+            self.close()
+            raise _path_error("listen on", path, error) from error
         self._sock.setblocking(False)
 
     async def next_connection(self) -> socket.socket:
-        """Accept a front-end."""
-        connection, _ = await asyncio.get_running_loop().sock_accept(self._sock)
+        """Accept a front-end.
+
+        Raises:
+            HostError: too many files are open.
+        """
+        with attempting(f"accept a front-end on {self._path}"):
+            connection, _ = await asyncio.get_running_loop().sock_accept(self._sock)
         return connection
 
     def somebody_waits(self) -> bool:
@@ -79,11 +88,18 @@ class ListeningEndpoint:
         return _is_readable(self._sock)
 
     def close(self) -> None:
-        """Close the socket and remove its path, unless somebody has put another one there."""
-        # Before it is closed, while nobody may take the path over, nor its inode's number be given to another.
-        if _identity(self._path) == self._identity:
-            self._path.unlink(missing_ok=True)
-        self._sock.close()
+        """Close the socket and remove its path, unless somebody has put another one there.
+
+        Raises:
+            HostError: the path cannot be removed; the next one to listen there takes it over.
+        """
+        try:
+            # Before it is closed, while nobody may take the path over, nor its inode's number be given to another.
+            if _identity(self._path) == self._identity:
+                with attempting(f"remove {self._path}"):
+                    self._path.unlink(missing_ok=True)
+        finally:
+            self._sock.close()
 
 
 class ConnectingEndpoint:
@@ -108,7 +124,8 @@ class ConnectingEndpoint:
         """
         said = False
         while True:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            with attempting(f"connect to {self._path}"):
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setblocking(False)
             try:
                 # Not loop.sock_connect: EAGAIN from a Unix socket means a full listen queue, not a connect in progress.
@@ -150,7 +167,8 @@ class InheritedEndpoint:
         if self.single:
             connection, self._sock = self._sock, None
             return connection
-        connection, _ = await asyncio.get_running_loop().sock_accept(self._sock)
+        with attempting("accept a front-end on the socket that was passed in"):
+            connection, _ = await asyncio.get_running_loop().sock_accept(self._sock)
         return connection
 
     def somebody_waits(self) -> bool:
@@ -184,7 +202,8 @@ def _is_readable(sock: socket.socket) -> bool:
 
 def _bind(path: Path, access: SocketAccess) -> socket.socket:
     """A bound socket; nobody can connect before it listens, so that its owner is set in time."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with attempting(f"listen on {path}"):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         try:
             _try_bind(sock, path, access.mode)
@@ -207,7 +226,8 @@ class _AddressInUse(Exception):  # noqa: N818 - a condition, not an error
 
 def _try_bind(sock: socket.socket, path: Path, mode: int) -> None:
     # The kernel makes the path with the mode that the socket itself has, less the umask.
-    os.fchmod(sock.fileno(), mode)
+    with attempting(f"give {path} the mode {mode:o}"):
+        os.fchmod(sock.fileno(), mode)
     umask = os.umask(0)
     try:
         sock.bind(str(path))
@@ -220,6 +240,8 @@ def _try_bind(sock: socket.socket, path: Path, mode: int) -> None:
 
 
 def _give_away(path: Path, access: SocketAccess) -> None:
+    if (access.uid, access.gid) == (-1, -1):
+        return
     try:
         os.chown(path, access.uid, access.gid, follow_symlinks=False)
     except OSError as error:

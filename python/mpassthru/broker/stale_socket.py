@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpassthru.errors import HostError, RefusedError, errno_name
+from mpassthru.errors import HostError, RefusedError, attempting, errno_name
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def stale_removed(path: Path) -> Iterator[None]:
 
 def has_owner(path: Path) -> bool:
     """Whether a socket is bound to the path, listening or not, of whatever network namespace."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+    with attempting(f"find out who owns {path}"), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
 
 

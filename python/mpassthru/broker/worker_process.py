@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage, broker_channel
+from mpassthru.errors import attempting
 
 STOP_TIMEOUT_S = 5.0
 """How long an orderly end may take (closing an AF_XDP socket takes tens of ms) before SIGKILL."""
@@ -32,10 +33,17 @@ class WorkerProcess:
         module: What to run.
 
     Raises:
-        OSError: the process cannot be started.
+        HostError: the process cannot be started.
     """
 
     def __init__(self, say: Callable[[str], None], *, module: str = "mpassthru.worker") -> None:
+        self._say = say
+        self._line = b""
+        with attempting("start a worker"):
+            self._start(module)
+
+    def _start(self, module: str) -> None:
+        """Make the process and what it is watched by, or nothing."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -57,13 +65,21 @@ class WorkerProcess:
                 ours.close()
                 raise
         self.channel: ControlChannel[BrokerMessage, WorkerMessage] = broker_channel(ours)
-        self._pidfd = os.pidfd_open(self._process.pid)
-        self._say = say
-        self._line = b""
         assert self._process.stderr is not None, "it is a pipe"
         self._stderr = self._process.stderr
         os.set_blocking(self._stderr.fileno(), False)
-        asyncio.get_running_loop().add_reader(self._stderr.fileno(), self._read_stderr)
+        self._pidfd = -1
+        try:
+            self._pidfd = os.pidfd_open(self._process.pid)
+            asyncio.get_running_loop().add_reader(self._stderr.fileno(), self._read_stderr)
+        except BaseException:
+            self.channel.close()
+            self._stderr.close()
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+            self._process.kill()
+            self._process.wait()
+            raise
 
     @property
     def pid(self) -> int:

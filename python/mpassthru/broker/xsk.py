@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import Final
 
+from mpassthru.errors import attempting
 from mpassthru.netdev.af_xdp import open_xsk_socket
 
 SEND_BUFFER_BYTES: Final = 16 << 20
@@ -26,10 +27,19 @@ def create_socket(ifindex: int) -> socket.socket:
         HostError: EPERM without CAP_NET_RAW; EAFNOSUPPORT if the kernel has no AF_XDP.
     """
     sock = open_xsk_socket()
+    try:
+        with attempting("set up an AF_XDP socket"):
+            _set_options(sock, ifindex)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _set_options(sock: socket.socket, ifindex: int) -> None:
     sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, ifindex)
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
     except PermissionError:
         # Without CAP_NET_ADMIN the limit of net.core.wmem_max holds: slower under load, not wrong.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    return sock

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from mpassthru.errors import MpassthruError
+from mpassthru.errors import EXHAUSTED, MpassthruError, host_error
 
 __all__ = ["main"]
 
@@ -29,6 +29,9 @@ def main() -> None:
         print(f"mpassthru: {error}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)
     except OSError as error:
+        if error.errno in EXHAUSTED:
+            print(f"mpassthru: {host_error('go on', error)}", file=sys.stderr)
+            sys.exit(EXIT_REFUSED)
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
         # Whoever read our output has gone, or the terminal has; nobody is left to tell, and the interpreter must not

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from mpassthru import event_loop
 from mpassthru.broker.attach import AttachOptions, Steer, attach
 from mpassthru.broker.mode import ZeroCopyOptions
 from mpassthru.cli.backend import PrintCapabilities
@@ -140,7 +140,7 @@ def attach_command(
         ).text()
 
     try:
-        report, succeeded = asyncio.run(attach(options, view, recipe))
+        report, succeeded = event_loop.run(attach(options, view, recipe))
     except BaseException:
         view.close()
         raise

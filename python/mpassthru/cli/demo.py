@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from mpassthru import event_loop
 from mpassthru.demo import DemoReport, run_builtin, run_qemu
 from mpassthru.errors import MpassthruError, RefusedError
 from mpassthru.live_view import TABLE_WIDTH, JsonView, LineView, TerminalView, View, total_lines
@@ -62,7 +63,7 @@ def demo_command(
         else run_qemu(view, seconds=seconds, interval_s=interval_s, kernel_root=kernel)
     )
     try:
-        report = asyncio.run(_until_signalled(run, view))
+        report = event_loop.run(_until_signalled(run, view))
     except TimeoutError as error:
         raise RefusedError(f"the demo got stuck: {error}") from error
     except _Interrupted as interrupted:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from pathlib import Path
 
+from mpassthru.errors import attempting
+
 
 class Capability(enum.IntEnum):
     """The capabilities that some part of mpassthru asks for."""
@@ -29,7 +31,8 @@ WORKER_USER_NEEDS = frozenset({Capability.CAP_KILL, Capability.CAP_SETGID, Capab
 
 def effective_capabilities() -> frozenset[Capability]:
     """The effective capabilities of this process, as far as mpassthru knows them."""
-    status = Path("/proc/self/status").read_text()
+    with attempting("read this process's capabilities from /proc/self/status"):
+        status = Path("/proc/self/status").read_text()
     effective = int(next(line for line in status.splitlines() if line.startswith("CapEff:")).split()[1], 16)
     return frozenset(capability for capability in Capability if effective >> capability & 1)
 

@@ -6,10 +6,10 @@ import errno
 from typing import Any, Final
 
 from pyroute2 import AsyncIPRoute
-from pyroute2.ethtool.ioctl import NoSuchDevice
+from pyroute2.ethtool.ioctl import EthtoolError, NoSuchDevice
 from pyroute2.netlink.exceptions import NetlinkError
 
-from mpassthru.errors import HostError
+from mpassthru.errors import HostError, host_error
 from mpassthru.netdev import ethtool, netdev_family, pci
 from mpassthru.netdev.facts import Interface, VethPeer, XdpProgram, XdpProgramMode
 
@@ -26,17 +26,20 @@ async def read_interface(ifname: str) -> Interface:
     """Everything that is known about an interface of the current network namespace.
 
     Raises:
-        HostError: ENODEV if there is no such interface, or it goes away meanwhile.
+        HostError: ENODEV if there is no such interface, or it goes away meanwhile; what the kernel else refused.
     """
     try:
         async with AsyncIPRoute() as route:
             link = await _link(route, ifname)
             veth_peer = await _veth_peer(route, link)
         return await _describe(ifname, link, veth_peer)
-    except (OSError, NetlinkError, NoSuchDevice) as error:
-        if isinstance(error, NoSuchDevice) or _errno_of(error) == errno.ENODEV:
-            raise no_such_interface(ifname) from error
+    except HostError:
         raise
+    except (OSError, NetlinkError, EthtoolError) as error:
+        number = _errno_of(error)
+        if number == errno.ENODEV:
+            raise no_such_interface(ifname) from error
+        raise host_error(f"read interface {ifname}", OSError(number, "")) from error
 
 
 def no_such_interface(ifname: str) -> HostError:
@@ -105,4 +108,11 @@ _XDP_ID_ATTRIBUTES: Final = ("IFLA_XDP_PROG_ID", "IFLA_XDP_DRV_PROG_ID", "IFLA_X
 
 
 def _errno_of(error: Exception) -> int | None:
-    return error.code if isinstance(error, NetlinkError) else getattr(error, "errno", None)
+    match error:
+        case NoSuchDevice():
+            return errno.ENODEV
+        case EthtoolError():
+            return errno.EOPNOTSUPP
+        case NetlinkError():
+            return int(error.code)
+    return getattr(error, "errno", None)

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from mpassthru.errors import ProtocolError
+from mpassthru.errors import ProtocolError, attempting, host_error
 from mpassthru.vhost_user.message import (
     VHOST_MEMORY_BASELINE_NREGIONS,
     Header,
@@ -45,6 +45,7 @@ class Connection:
         Raises:
             ProtocolError: a malformed header, a connection that ends inside a message, or more descriptors than any
                 message carries.
+            HostError: the kernel has no memory for it.
         """
         fds: list[int] = []
         try:
@@ -71,6 +72,7 @@ class Connection:
 
         Raises:
             ConnectionError: the peer is gone.
+            HostError: the kernel has no memory for it.
         """
         data = memoryview(encode_message(request, payload, reply=reply, need_reply=need_reply))
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -80,6 +82,10 @@ class Connection:
             except BlockingIOError:
                 await self._ready(asyncio.get_running_loop().add_writer, asyncio.get_running_loop().remove_writer)
                 continue
+            except ConnectionError:
+                raise
+            except OSError as error:
+                raise host_error(f"send {request_name(request)}", error) from error
             ancillary = []  # descriptors go once, with the first byte
             data = data[sent_bytes:]
 
@@ -104,6 +110,8 @@ class Connection:
                 continue
             except ConnectionResetError:
                 chunk = b""  # a peer killed with unread replies; the same end as a close
+            except OSError as error:
+                raise host_error(f"receive {what}", error) from error
             if not chunk and may_end and not data:
                 break
             if not chunk:
@@ -136,7 +144,8 @@ class Connection:
             if not ready.done():
                 ready.set_result(None)
 
-        add(self._socket, wake)
+        with attempting("wait for the vhost-user socket"):
+            add(self._socket, wake)
         try:
             await ready
         finally:

@@ -7,7 +7,7 @@ import sys
 
 from mpassthru import _core
 from mpassthru.control import Configure
-from mpassthru.errors import MpassthruError
+from mpassthru.errors import EXHAUSTED, MpassthruError, host_error
 from mpassthru.worker.main import start
 
 
@@ -21,6 +21,11 @@ def main() -> int:
         start(arguments.control_fd, arguments.broker_pid, make_engine)
     except MpassthruError as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in EXHAUSTED:
+            raise
+        print(host_error("go on", error), file=sys.stderr)
         return 1
     return 0
 

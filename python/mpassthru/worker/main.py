@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mpassthru import control
+from mpassthru import control, event_loop
 from mpassthru.control import BrokerMessage, Configure, ControlChannel, ControlError, WorkerMessage, close_fds
 from mpassthru.errors import MpassthruError
 from mpassthru.inflight_records import InflightRecords
@@ -73,6 +73,7 @@ class Worker:
 
         Raises:
             ControlError: the broker is gone, or sent nonsense.
+            OSError: the kernel refused something that no session can do without.
         """
         try:
             async with asyncio.TaskGroup() as self._tasks:
@@ -80,7 +81,7 @@ class Worker:
                 await self._answer()
                 if self._serving is not None:
                     await self._end_session(self._serving)
-        except* ControlError as errors:
+        except* (MpassthruError, OSError) as errors:
             raise errors.exceptions[0] from None
         finally:
             with suppress(ControlError):  # a broker that was killed wants no last report
@@ -217,4 +218,4 @@ def start(control_fd: int, parent_pid: int, make_engine: MakeEngine) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     privileges.die_with_parent(parent_pid)
     os.set_inheritable(control_fd, False)
-    asyncio.run(serve_port(control_fd, parent_pid, make_engine))
+    event_loop.run(serve_port(control_fd, parent_pid, make_engine))

@@ -15,7 +15,7 @@ import signal
 import struct
 from typing import Final
 
-from mpassthru.errors import HostError, errno_name
+from mpassthru.errors import HostError, attempting, errno_name
 
 CAP_SETGID: Final = 6
 CAP_IPC_LOCK: Final = 14
@@ -87,7 +87,7 @@ def effective_capabilities(status: str | None = None) -> set[int]:
 
 def _capability_set(field: str, status: str | None) -> set[int]:
     if status is None:
-        with open("/proc/self/status") as file:
+        with attempting("read this process's capabilities from /proc/self/status"), open("/proc/self/status") as file:
             status = file.read()
     for line in status.splitlines():
         name, _, value = line.partition(":")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -50,6 +51,13 @@ FROM_WORKER = [
     control.Notice(text="hello"),
     control.WorkerReport(rx=DirectionReport(frames=3, bounced={"short_buffer": 1}), tx=DirectionReport()),
 ]
+
+
+class Exhausted(socket.socket):
+    """A socket for which the kernel has no memory."""
+
+    def sendmsg(self, *_: object) -> int:
+        raise OSError(errno.ENOBUFS, "No buffer space available")
 
 
 @pytest.fixture
@@ -124,6 +132,20 @@ async def test_peer_that_never_reads_ends_the_channel_wherever_the_send_failed(p
 
     with pytest.raises(ControlError, match="EAGAIN"):
         await asyncio.wait_for(receiving, TIMEOUT_S)
+
+
+async def test_first_message_that_cannot_be_sent_is_what_both_directions_tell_of(
+    sockets: tuple[socket.socket, socket.socket],
+) -> None:
+    channel = control.broker_channel(Exhausted(fileno=os.dup(sockets[0].fileno())))
+    with pytest.raises(ControlError, match=r"cannot send ReportWanted .*ENOBUFS"):
+        channel.send(control.ReportWanted())
+
+    with pytest.raises(ControlError, match=r"cannot send ReportWanted .*ENOBUFS"):
+        channel.send(control.Stop())
+    with pytest.raises(ControlError, match=r"cannot send ReportWanted .*ENOBUFS"):
+        await asyncio.wait_for(channel.receive(), TIMEOUT_S)
+    channel.close()
 
 
 async def test_messages_without_end_leave_other_tasks_their_turn(pair: Pair) -> None:

@@ -69,6 +69,30 @@ def test_path_that_cannot_be_given_away_is_refused_and_removed(path: Path, monke
     assert not path.exists()
 
 
+def test_socket_that_cannot_listen_leaves_no_path(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_self: socket.socket, _backlog: int) -> None:
+        raise OSError(errno.EADDRINUSE, "Address already in use")
+
+    monkeypatch.setattr(socket.socket, "listen", refuse)
+    with pytest.raises(HostError, match=r"cannot listen on .* \(EADDRINUSE\)"):
+        ListeningEndpoint(path)
+
+    assert not path.exists()
+
+
+def test_path_that_cannot_be_removed_is_said_and_the_socket_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_self: Path, *, missing_ok: bool) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    endpoint = ListeningEndpoint(path)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(HostError, match=r"cannot remove .* \(EROFS\)"):
+        endpoint.close()
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as frontend:
+        assert frontend.connect_ex(str(path)) == errno.ECONNREFUSED
+
+
 async def test_front_end_that_waits_is_seen_until_it_is_accepted(path: Path) -> None:
     endpoint = ListeningEndpoint(path)
     assert not endpoint.somebody_waits()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpassthru.broker.worker_process import LINE_MAX_BYTES, WorkerProcess
+from mpassthru.errors import HostError
 
 MODULE = "played_worker_program"
 
@@ -33,6 +35,24 @@ async def test_lines_of_stderr_are_said_and_stdout_is_lost(
     assert lines == ["first", "last words"]
     assert worker.exit_text == "ended with status 3"
     assert capfd.readouterr() == ("", "")
+
+
+async def test_process_that_cannot_be_watched_is_ended_again(
+    write_program: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def refuse(pid: int) -> int:
+        started.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    write_program("import time; time.sleep(3600)")
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    with pytest.raises(HostError, match=r"cannot start a worker \(EMFILE\)"):
+        WorkerProcess([].append, module=MODULE)
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
 
 
 async def test_line_without_end_comes_in_pieces(write_program: Callable[[str], object]) -> None:
