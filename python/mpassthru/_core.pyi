@@ -41,6 +41,8 @@ class VringConfig:
     """A virtqueue ready to run. Ring addresses are the front-end's (SET_VRING_ADDR); `call_fd`/`err_fd` may be -1.
 
     `record_fd`, if not -1, is a memfd with the record of what is in flight, `record_offset` bytes from its start.
+    `log_buffers` (VHOST_F_LOG_ALL) and `log_used_address` (VHOST_VRING_F_LOG, guest-physical) say which of its writes
+    to guest memory go into the migration log, if there is one.
     """
 
     def __new__(
@@ -58,6 +60,8 @@ class VringConfig:
         err_fd: int = -1,
         record_fd: int = -1,
         record_offset: int = 0,
+        log_buffers: bool = False,
+        log_used_address: int | None = None,
     ) -> VringConfig: ...
 
 @final
@@ -158,6 +162,25 @@ class Engine:
     def set_vring_call(self, index: int, fd: int) -> int:
         """Replace the call eventfd; -1 for none. The driver is notified once, in case one was missed."""
     def set_vring_err(self, index: int, fd: int) -> int: ...
+    def map_log(self, fd: int, *, size_bytes: int = 0, offset: int = 0) -> None:
+        """Replace the migration log: a bitmap of 4 KiB guest-physical pages; -1 for none.
+
+        Virtqueues that run keep the log that they have until `set_vring_log`.
+
+        Raises:
+            HostError: it cannot be mapped; the old one stays.
+            RefusedError: it has no room for all of guest memory; the old one stays.
+        """
+    def set_log_fd(self, fd: int) -> None:
+        """The eventfd that is signalled when pages have been marked; -1 for none. For virtqueues as with `map_log`."""
+    def mark_all(self) -> None:
+        """Mark all of guest memory in the migration log.
+
+        Raises:
+            RefusedError: there is no log, or no guest memory.
+        """
+    def set_vring_log(self, index: int, log_buffers: bool, log_used_address: int | None) -> int:
+        """Log these writes of a running virtqueue to the log as it is now, and mark what is outstanding. Value: 0."""
     def socket_attached(self, queue_pair: int) -> bool: ...
     def send_frame(self, queue_pair: int, frame: bytes) -> int:
         """Send one frame of ours to the wire (a RARP after migration). Value: 0."""

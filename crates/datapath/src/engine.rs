@@ -2,14 +2,15 @@
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::error::{Error, HostError};
 use crate::fd::{EventFd, duplicate};
-use crate::guest_memory::{GuestMemory, RegionSpec};
+use crate::guest_memory::{DirtyLog, GuestMemory, LogSpec, RegionSpec};
 use crate::pump::{Command, CommandQueue, EventQueue, PollMode, Pump, PumpView, VringConfig, slab_bytes};
 use crate::stats::Counts;
+use crate::virtqueue::{Logged, WriteLog};
 use crate::xsk::{SharedFd, SocketParams};
 
 /// Most queue pairs of a port; VIRTIO_NET_F_MQ would allow 32768.
@@ -21,12 +22,20 @@ struct PumpHandle {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// The migration log, and who is told of marks.
+#[derive(Default)]
+struct Log {
+    bits: Option<Arc<DirtyLog>>,
+    notify: Option<Arc<EventFd>>,
+}
+
 /// One port. Steps that a pump executes return a token at once; an [`Event::Completed`](crate::pump::Event) with that
 /// token follows.
 pub struct Engine {
     pumps: Vec<PumpHandle>,
     events: Arc<EventQueue>,
     memory: Mutex<Option<Arc<GuestMemory>>>,
+    log: Mutex<Log>,
     next_token: AtomicU64,
 }
 
@@ -45,6 +54,7 @@ impl Engine {
             pumps: Vec::with_capacity(queue_pairs),
             events: Arc::new(EventQueue::new()?),
             memory: Mutex::default(),
+            log: Mutex::default(),
             next_token: AtomicU64::new(1),
         };
         for pair in 0..queue_pairs {
@@ -110,12 +120,50 @@ impl Engine {
         Ok(attached(&self.pump(pair)?.view).is_some())
     }
 
-    /// Starts a virtqueue.
+    /// Replaces the log of written pages; `None` ends it. Virtqueues that run keep what they have until
+    /// [`set_vring_log`](Self::set_vring_log).
     ///
     /// # Errors
-    /// No such vring, or no memory. The rest comes with the event.
-    pub fn start_vring(&self, index: usize, config: VringConfig) -> Result<u64, Error> {
+    /// It cannot be mapped; then the old one stays.
+    pub fn map_log(&self, spec: Option<&LogSpec>) -> Result<(), Error> {
+        let log = spec.map(DirtyLog::map).transpose()?;
+        self.log().bits = log.map(Arc::new);
+        Ok(())
+    }
+
+    /// Who is told when pages have been marked (SET_LOG_FD); for virtqueues as with [`map_log`](Self::map_log).
+    pub fn set_log_notify(&self, notify: Option<EventFd>) {
+        self.log().notify = notify.map(Arc::new);
+    }
+
+    /// Marks all of guest memory in the log.
+    ///
+    /// # Errors
+    /// There is no log, or no memory.
+    pub fn mark_all(&self) -> Result<(), Error> {
         let memory = self.mapped()?;
+        let log = self.log().bits.clone();
+        let log = log.ok_or_else(|| Error::Refused("the front-end has not sent a migration log".into()))?;
+        log.mark_all(&memory);
+        Ok(())
+    }
+
+    /// Logs these writes of a running virtqueue to the log as it is now; to none if there is none.
+    ///
+    /// # Errors
+    /// No such vring, no memory, or a log without room for all of it.
+    pub fn set_vring_log(&self, index: usize, logged: Logged) -> Result<u64, Error> {
+        let log = self.write_log(&*self.mapped()?, logged)?;
+        self.submit(index / 2, Command::SetLog { tx: is_tx(index), log })
+    }
+
+    /// Starts a virtqueue, with these of its writes logged.
+    ///
+    /// # Errors
+    /// No such vring, no memory, or a log without room for all of it. The rest comes with the event.
+    pub fn start_vring(&self, index: usize, config: VringConfig, logged: Logged) -> Result<u64, Error> {
+        let memory = self.mapped()?;
+        let config = VringConfig { log: self.write_log(&memory, logged)?, ..config };
         self.submit(index / 2, Command::Start { tx: is_tx(index), memory, config: Box::new(config) })
     }
 
@@ -185,6 +233,7 @@ impl Engine {
             assert!(thread.join().is_ok(), "a pump thread does not panic");
         }
         self.memory.lock().unwrap_or_else(PoisonError::into_inner).take();
+        *self.log() = Log::default();
     }
 
     fn pump(&self, pair: usize) -> Result<&PumpHandle, Error> {
@@ -197,6 +246,19 @@ impl Engine {
     fn mapped(&self) -> Result<Arc<GuestMemory>, Error> {
         let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         memory.clone().ok_or_else(|| Error::Refused("the front-end has not sent any guest memory".into()))
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_log(&self, memory: &GuestMemory, logged: Logged) -> Result<Option<WriteLog>, Error> {
+        let log = self.log();
+        let Some(bits) = log.bits.clone().filter(|_| logged != Logged::default()) else { return Ok(None) };
+        if !bits.covers(memory) {
+            return Err(Error::Refused("the migration log has no room for all of guest memory".into()));
+        }
+        Ok(Some(WriteLog { log: bits, logged, notify: log.notify.clone() }))
     }
 
     fn submit(&self, pair: usize, command: Command) -> Result<u64, Error> {

@@ -10,9 +10,9 @@ use mpassthru_testing::memory::{self as vmm, RegionConfig};
 use proptest::test_runner::Config;
 
 use crate::fd::EventFd;
-use crate::guest_memory::{GuestMemory, GuestPhysAddr, PAGE_BYTES, RegionSpec, UmemAddr, UserAddr};
+use crate::guest_memory::{DirtyLog, GuestMemory, GuestPhysAddr, LogSpec, PAGE_BYTES, RegionSpec, UmemAddr, UserAddr};
 use crate::pump::{VringConfig, slab_bytes};
-use crate::virtqueue::{QueueConfig, SplitQueue};
+use crate::virtqueue::{Logged, QueueConfig, SplitQueue, WriteLog};
 
 pub const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
 pub const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
@@ -76,6 +76,7 @@ impl Guest {
             call: Some(EventFd::new().unwrap()),
             err: Some(EventFd::new().unwrap()),
             record: None,
+            log: None,
         }
     }
 
@@ -106,6 +107,28 @@ pub fn was_signalled(fd: &EventFd) -> bool {
         fd.clear();
     }
     ready
+}
+
+/// A log for guest-physical addresses below `end`, that is anywhere in its file.
+pub fn dirty_log(end: u64) -> Arc<DirtyLog> {
+    let (offset, size_bytes) = (100, (end - 1) / PAGE_BYTES / 8 + 1);
+    let file = memfd("migration-log", offset + size_bytes);
+    Arc::new(DirtyLog::map(&LogSpec { fd: file.as_raw_fd(), offset, size_bytes }).unwrap())
+}
+
+/// How a queue logs all that it writes, its used ring being at `used`.
+pub fn write_log(log: &Arc<DirtyLog>, used: u64) -> WriteLog {
+    WriteLog {
+        log: Arc::clone(log),
+        logged: Logged { buffers: true, used_ring: Some(GuestPhysAddr(used)) },
+        notify: None,
+    }
+}
+
+/// Takes the marked pages below page `end`.
+#[cfg(test)]
+pub fn marked(log: &DirtyLog, end: u64) -> Vec<u64> {
+    (0..end).filter(|&page| log.take(page)).collect()
 }
 
 /// A sparse memfd that can be found by its name in /proc/self/maps.

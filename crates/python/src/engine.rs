@@ -5,10 +5,10 @@ use std::os::fd::RawFd;
 use mpassthru_datapath::engine::Engine as Port;
 use mpassthru_datapath::error::HostError;
 use mpassthru_datapath::fd::EventFd;
-use mpassthru_datapath::guest_memory::{GuestPhysAddr, RegionSpec, UserAddr};
+use mpassthru_datapath::guest_memory::{GuestPhysAddr, LogSpec, RegionSpec, UserAddr};
 use mpassthru_datapath::pump::{self, PollMode};
 use mpassthru_datapath::stats::{BounceReason, Counts, DropReason};
-use mpassthru_datapath::virtqueue::{InflightRecord, QueueConfig};
+use mpassthru_datapath::virtqueue::{InflightRecord, Logged, QueueConfig};
 use mpassthru_datapath::xsk::{BindMode, Contiguity, DriverRules, FRAME_BYTES_MAX, SocketParams, UmemLayout};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -55,15 +55,18 @@ struct VringConfig {
     err_fd: RawFd,
     record_fd: RawFd,
     record_offset: u64,
+    logged: Logged,
 }
 
 #[pymethods]
 impl VringConfig {
     #[new]
     #[pyo3(signature = (*, size, base, desc_user_address, avail_user_address, used_user_address, features, enabled,
-                        kick_fd, call_fd = -1, err_fd = -1, record_fd = -1, record_offset = 0),
+                        kick_fd, call_fd = -1, err_fd = -1, record_fd = -1, record_offset = 0, log_buffers = false,
+                        log_used_address = None),
            text_signature = "(*, size, base, desc_user_address, avail_user_address, used_user_address, features, enabled, \
-                             kick_fd, call_fd=-1, err_fd=-1, record_fd=-1, record_offset=0)")]
+                             kick_fd, call_fd=-1, err_fd=-1, record_fd=-1, record_offset=0, log_buffers=False, \
+                             log_used_address=None)")]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
     fn new(
         size: u32,
@@ -78,6 +81,8 @@ impl VringConfig {
         err_fd: RawFd,
         record_fd: RawFd,
         record_offset: u64,
+        log_buffers: bool,
+        log_used_address: Option<u64>,
     ) -> Self {
         let queue = QueueConfig {
             size,
@@ -87,7 +92,8 @@ impl VringConfig {
             used: UserAddr(used_user_address),
             event_idx: false, // taken from `features` by the pump
         };
-        Self { queue, features, enabled, kick_fd, call_fd, err_fd, record_fd, record_offset }
+        let logged = logged(log_buffers, log_used_address);
+        Self { queue, features, enabled, kick_fd, call_fd, err_fd, record_fd, record_offset, logged }
     }
 }
 
@@ -279,7 +285,9 @@ impl Engine {
                     call: optional(config.call_fd)?,
                     err: optional(config.err_fd)?,
                     record: config.record()?,
+                    log: None, // put in by the engine, which has it
                 },
+                config.logged,
             )
         };
         start().map_err(datapath_error)
@@ -303,6 +311,26 @@ impl Engine {
         set().map_err(datapath_error)
     }
 
+    #[pyo3(signature = (fd, *, size_bytes = 0, offset = 0))]
+    fn map_log(&self, fd: RawFd, size_bytes: u64, offset: u64) -> PyResult<()> {
+        let spec = LogSpec { fd, offset, size_bytes };
+        self.0.map_log((fd >= 0).then_some(&spec)).map_err(datapath_error)
+    }
+
+    fn set_log_fd(&self, fd: RawFd) -> PyResult<()> {
+        let notify = optional(fd).map_err(datapath_error)?;
+        self.0.set_log_notify(notify);
+        Ok(())
+    }
+
+    fn mark_all(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.0.mark_all()).map_err(datapath_error)
+    }
+
+    fn set_vring_log(&self, index: usize, log_buffers: bool, log_used_address: Option<u64>) -> PyResult<u64> {
+        self.0.set_vring_log(index, logged(log_buffers, log_used_address)).map_err(datapath_error)
+    }
+
     fn socket_attached(&self, queue_pair: usize) -> PyResult<bool> {
         self.0.socket_attached(queue_pair).map_err(datapath_error)
     }
@@ -322,6 +350,10 @@ impl Engine {
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.0.close());
     }
+}
+
+fn logged(buffers: bool, used_ring: Option<u64>) -> Logged {
+    Logged { buffers, used_ring: used_ring.map(GuestPhysAddr) }
 }
 
 fn optional(fd: RawFd) -> Result<Option<EventFd>, mpassthru_datapath::error::Error> {

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from mpassthru.vhost_user.features import VirtioFeature
 from mpassthru.vhost_user.memory import MemoryRegion
+from mpassthru.vhost_user.message import VHOST_VRING_F_LOG
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,16 @@ class Vring:
     inflight_fd: int = -1
     inflight_offset: int = 0
 
+    @property
+    def log_buffers(self) -> bool:
+        """Whether writes to the driver's buffers are logged."""
+        return bool(self.features & VirtioFeature.VHOST_F_LOG_ALL)
+
+    @property
+    def log_used_address(self) -> int | None:
+        """Where writes to the used ring are logged; None if they are not."""
+        return self.log_guest_address if self.flags & VHOST_VRING_F_LOG else None
+
 
 class Device(Protocol):
     """A virtio device without its transport. Descriptors passed in are valid during the call: duplicate what is kept.
@@ -72,6 +84,24 @@ class Device(Protocol):
 
     async def set_features(self, features: int) -> None:
         """The driver chose its features. Every vring is stopped; repeated at each start of the driver."""
+
+    async def log_writes(self, on: bool) -> None:
+        """VHOST_F_LOG_ALL changed, and no other feature: log writes to the driver's buffers, also while vrings run.
+
+        When it returns, every later write is logged, or none.
+        """
+
+    async def set_log(self, fd: int, size_bytes: int, mmap_offset: int) -> None:
+        """Replace the log of written pages, also while vrings run; an `fd` of -1 for none. vhost-user.rst, "Migration".
+
+        When it returns, nothing refers to the old log any more.
+        """
+
+    async def set_log_fd(self, fd: int) -> None:
+        """Replace the descriptor that is signalled when pages have been logged; -1 for none."""
+
+    async def set_vring_log(self, index: int, log_guest_address: int | None) -> None:
+        """Log writes to the used ring of a running vring as if it started there; None to stop logging them."""
 
     async def map_memory(self, regions: Sequence[MemoryRegion]) -> None:
         """Replace the memory map; empty to unmap everything. Every vring is stopped.

@@ -22,6 +22,7 @@ from mpassthru.vhost_user.message import (
     U64,
     Empty,
     Inflight,
+    LogDescription,
     MacAddress,
     Message,
     Payload,
@@ -203,6 +204,15 @@ class Frontend:
         """Hand over the area for what is in flight, before vrings start."""
         await self._tell(Request.VHOST_USER_SET_INFLIGHT_FD, area.description, [area.fd])
 
+    async def set_log_base(self, fd: int | None, size_bytes: int, mmap_offset: int = 0) -> int:
+        """Where written pages are logged; returns the back-end's answer, 0 if it will log there."""
+        description = LogDescription(size_bytes, mmap_offset)
+        return (await self._ask(Request.VHOST_USER_SET_LOG_BASE, description, U64, [] if fd is None else [fd])).value
+
+    async def set_log_fd(self, fd: int) -> None:
+        """The eventfd that tells of logged pages."""
+        await self._tell(Request.VHOST_USER_SET_LOG_FD, Empty(), [fd])
+
     # ---- device --------------------------------------------------------------------------------------------
 
     async def set_status(self, status: int) -> None:
@@ -248,9 +258,9 @@ class Frontend:
                 name = request.name.removeprefix("VHOST_USER_")
                 raise RefusedError(f"{name}: the back-end refused ({code}); its log says why")
 
-    async def _ask(self, request: Request, payload: Payload, kind: type[Reply]) -> Reply:
+    async def _ask(self, request: Request, payload: Payload, kind: type[Reply], fds: Sequence[int] = ()) -> Reply:
         async with self._exchange, asyncio.timeout(self._timeout_s):
-            await self._send(request, payload, (), need_reply=False)
+            await self._send(request, payload, fds, need_reply=False)
             return await self._receive(request, kind)
 
     async def _send(self, request: Request, payload: Payload, fds: Sequence[int], *, need_reply: bool) -> None:

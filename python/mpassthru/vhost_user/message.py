@@ -378,7 +378,42 @@ class Inflight:
         return cls(*_unpack(cls.LAYOUT, data, "inflight description"))
 
 
-Payload = Empty | U64 | MacAddress | VringState | VringAddress | VringFile | SingleRegion | RegionTable | Inflight
+@dataclass(frozen=True, slots=True)
+class LogDescription:
+    """A log description (SET_LOG_BASE): where the bitmap of written pages is in the file that comes along, in bytes.
+
+    Without a file it is a plain u64, the log's address in the front-end.
+    """
+
+    size_bytes: int
+    mmap_offset: int
+
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("=QQ")
+
+    def encode(self) -> bytes:
+        """16 bytes."""
+        return self.LAYOUT.pack(self.size_bytes, self.mmap_offset)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Read 16 bytes, or the 8 of an address that says nothing to us."""
+        if len(data) == U64.LAYOUT.size:
+            return cls(0, 0)
+        return cls(*_unpack(cls.LAYOUT, data, "log description"))
+
+
+Payload = (
+    Empty
+    | U64
+    | MacAddress
+    | VringState
+    | VringAddress
+    | VringFile
+    | SingleRegion
+    | RegionTable
+    | Inflight
+    | LogDescription
+)
 
 
 def encode_message(request: int, payload: Payload, *, reply: bool = False, need_reply: bool = False) -> bytes:

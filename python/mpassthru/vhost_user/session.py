@@ -32,8 +32,10 @@ from mpassthru.vhost_user.inflight import InflightArea
 from mpassthru.vhost_user.memory import MemoryRegion, MemoryTable
 from mpassthru.vhost_user.message import (
     U64,
+    VHOST_VRING_F_LOG,
     Empty,
     Inflight,
+    LogDescription,
     MacAddress,
     Message,
     Payload,
@@ -60,6 +62,7 @@ FD_PER_REGION = range(9)
 
 SUPPORTED_PROTOCOL_FEATURES = (
     ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_LOG_SHMFD
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_MTU
@@ -74,6 +77,7 @@ SUPPORTED_PROTOCOL_FEATURES = (
 _SLOTS = ProtocolFeature.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
 _INFLIGHT = ProtocolFeature.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
 _STATUS = ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS
+_LOG = ProtocolFeature.VHOST_USER_PROTOCOL_F_LOG_SHMFD
 
 
 @dataclass(slots=True)
@@ -100,7 +104,6 @@ class Session:
 
     def __init__(self, connection: Connection, device: Device, counters: Counters | None = None) -> None:
         assert not device.protocol_features & ~SUPPORTED_PROTOCOL_FEATURES, "a device offers what the session answers"
-        assert not device.features & VirtioFeature.VHOST_F_LOG_ALL, "the session cannot log yet"
         self.features: int | None = None
         self.protocol_features = 0
         self.memory = MemoryTable()
@@ -177,6 +180,8 @@ class Session:
                 await self._device.map_memory(())
             except MpassthruError as error:
                 log.error("guest memory at the end of the connection: %s", error)  # noqa: TRY400
+            await self._device.set_log_fd(-1)
+            await self._device.set_log(-1, 0, 0)
         finally:
             for ring in self.rings:
                 ring.close()
@@ -194,11 +199,18 @@ class Session:
 
     @handles(Request.VHOST_USER_SET_FEATURES, U64)
     async def _set_features(self, payload: U64) -> None:
-        """QEMU repeats this for each queue pair, when earlier ones run already: nothing to do if nothing changed."""
+        """QEMU repeats this for each queue pair, when earlier ones run already: nothing to do if nothing changed.
+
+        Logging is switched without stopping a vring: a migration begins and ends under traffic.
+        """
         features = payload.value
         if unknown := features & ~self._device.features:
             raise ProtocolError(f"not offered: {describe_bits(VirtioFeature, unknown)}")
         if features == self.features and any(ring.started for ring in self.rings):
+            return
+        if self.features is not None and features ^ self.features == VirtioFeature.VHOST_F_LOG_ALL:
+            await self._device.log_writes(bool(features & VirtioFeature.VHOST_F_LOG_ALL))
+            self.features = features
             return
         async with self._rings_paused():
             await self._device.set_features(features)
@@ -274,6 +286,24 @@ class Session:
             return
         await self._map(self.memory.without_region(region))
 
+    # ---- migration -----------------------------------------------------------------------------------------
+
+    @handles(Request.VHOST_USER_SET_LOG_BASE, LogDescription, fds=AT_MOST_ONE_FD, needs=_LOG, has_reply=True)
+    async def _set_log_base(self, payload: LogDescription, message: Message) -> U64:
+        """Answered once nothing refers to the old log, which the front-end reads a last time then.
+
+        Repeated with another size when guest memory grows. A log that cannot be had ends the connection: front-ends
+        do not look into the reply, and would go on migrating without the pages that are written here.
+        """
+        if not self.protocol_features & _LOG or not message.fds:
+            raise RefusedError("a log without descriptor cannot be mapped; it needs VHOST_USER_PROTOCOL_F_LOG_SHMFD")
+        await self._device.set_log(message.fds[0], payload.size_bytes, payload.mmap_offset)
+        return U64(0)
+
+    @handles(Request.VHOST_USER_SET_LOG_FD, Empty, fds=AT_MOST_ONE_FD, needs=_LOG)
+    async def _set_log_fd(self, message: Message) -> None:
+        await self._device.set_log_fd(message.fds[0] if message.fds else -1)
+
     # ---- vrings --------------------------------------------------------------------------------------------
 
     @handles(Request.VHOST_USER_SET_VRING_NUM, VringState)
@@ -286,8 +316,9 @@ class Session:
     async def _set_vring_addr(self, payload: VringAddress) -> None:
         """May come again while the vring runs: the same addresses are no change, others move it with its base."""
         ring = self._ring(payload.index)
-        if payload.flags:
-            raise RefusedError(f"flags {payload.flags:#x}: logging of the used ring was not offered")
+        offered = VHOST_VRING_F_LOG if self._device.features & VirtioFeature.VHOST_F_LOG_ALL else 0
+        if payload.flags & ~offered:
+            raise RefusedError(f"flags {payload.flags:#x}: only logging is possible, and only if it was offered")
         for part, address, alignment_bytes in (
             # VIRTIO 1.3 section 2.7
             ("descriptor table", payload.desc_user_address, 16),
@@ -296,7 +327,8 @@ class Session:
         ):
             if address % alignment_bytes:
                 raise ProtocolError(f"{part} at {address:#x} is not aligned to {alignment_bytes} bytes")
-        if ring.started and payload == ring.address:
+        if ring.started and ring.lies_at(payload):
+            await ring.change_log(payload)
             return
         await ring.pause()
         ring.address = payload

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from enum import Enum
 
 from mpassthru.errors import MpassthruError, ProtocolError
@@ -15,7 +16,7 @@ from mpassthru.vhost_user.device import Device, Vring
 from mpassthru.vhost_user.features import VirtioFeature
 from mpassthru.vhost_user.inflight import InflightArea
 from mpassthru.vhost_user.memory import MemoryTable
-from mpassthru.vhost_user.message import VringAddress
+from mpassthru.vhost_user.message import VHOST_VRING_F_LOG, VringAddress
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,20 @@ class Ring:
     def set_err(self, fd: int) -> None:
         """Own a new err descriptor; -1 for none."""
         self.err_fd = _replace(self.err_fd, fd)
+
+    def lies_at(self, address: VringAddress) -> bool:
+        """Whether the three parts of the ring are where `address` says."""
+        known = self.address
+        return known is not None and address == replace(
+            known, flags=address.flags, log_guest_address=address.log_guest_address
+        )
+
+    async def change_log(self, address: VringAddress) -> None:
+        """Log writes to the used ring of a running vring as `address` says, which differs in nothing else."""
+        if address != self.address:
+            logs = address.flags & VHOST_VRING_F_LOG
+            await self._device.set_vring_log(self.index, address.log_guest_address if logs else None)
+            self.address = address
 
     async def start_if_ready(self, memory: MemoryTable, features: int | None) -> None:
         """Start a waiting vring if nothing is missing.

@@ -79,6 +79,22 @@ class AsyncEngine:
         """Replace a virtqueue's err eventfd."""
         await self._end_of("set_vring_err", self.engine.set_vring_err(index, fd))
 
+    async def set_vring_log(self, index: int, log_buffers: bool, log_used_address: int | None) -> None:
+        """Log a running virtqueue's writes to guest memory, to the log that is mapped now."""
+        await self._end_of("set_vring_log", self.engine.set_vring_log(index, log_buffers, log_used_address))
+
+    def map_log(self, fd: int, size_bytes: int = 0, offset: int = 0) -> None:
+        """Replace the migration log; -1 for none."""
+        self.engine.map_log(fd, size_bytes=size_bytes, offset=offset)
+
+    def set_log_fd(self, fd: int) -> None:
+        """Replace the eventfd that tells of marked pages; -1 for none."""
+        self.engine.set_log_fd(fd)
+
+    def mark_all(self) -> None:
+        """Mark all of guest memory in the migration log."""
+        self.engine.mark_all()
+
     async def send_frame(self, queue_pair: int, frame: bytes) -> None:
         """Send one frame of ours to the wire."""
         await self._end_of("send_frame", self.engine.send_frame(queue_pair, frame))

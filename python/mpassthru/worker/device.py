@@ -25,6 +25,7 @@ from mpassthru.inflight_records import InflightRecords
 from mpassthru.rules import LINUX_BUFFER_ROOM_BYTES, ZeroCopyRules
 from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.device import Vring
+from mpassthru.vhost_user.message import VHOST_VRING_F_LOG
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.memlock import check_memlock, pinned_bytes
 from mpassthru.worker.socket_client import SocketClient
@@ -50,10 +51,12 @@ FEATURES: Final = (
     | VirtioFeature.VIRTIO_NET_F_CTRL_VQ
     | VirtioFeature.VIRTIO_NET_F_CTRL_RX
     | VirtioFeature.VIRTIO_NET_F_GUEST_ANNOUNCE
+    | VirtioFeature.VHOST_F_LOG_ALL
     | VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES
 )
 PROTOCOL_FEATURES: Final = (
     ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ
+    | ProtocolFeature.VHOST_USER_PROTOCOL_F_LOG_SHMFD
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_MTU
@@ -106,6 +109,9 @@ class PortDevice:
         self._records = records
         self._running: dict[int, Vring] = {}
         self._regions: tuple[MemoryRegion, ...] = ()
+        self._has_log = False
+        self._unlogged = False
+        """A virtqueue ran with logging on while there was no log: QEMU sends it after the start."""
         self._attaching = [asyncio.Lock() for _ in configuration.queue_ids]
         self._unproven = set(range(self.queue_pairs_max)) if self._zero_copy else set()
         """Queue pairs whose last zero-copy socket is closed, and whose hardware queue was not seen free since. To begin
@@ -114,6 +120,61 @@ class PortDevice:
 
     async def set_features(self, features: int) -> None:
         """Nothing to do: each virtqueue brings the features it runs with."""
+
+    async def log_writes(self, on: bool) -> None:
+        """Log writes to buffers, or no longer; each pump switches between two bursts.
+
+        Raises:
+            RefusedError: the log has no room for all of guest memory.
+        """
+        for index, vring in tuple(self._running.items()):
+            features = vring.features & ~VirtioFeature.VHOST_F_LOG_ALL | (VirtioFeature.VHOST_F_LOG_ALL if on else 0)
+            await self._log_vring(index, replace(vring, features=int(features)))
+
+    async def set_log(self, fd: int, size_bytes: int, mmap_offset: int) -> None:
+        """Replace the log; -1 for none.
+
+        Virtqueues may have been started with logging on before: what they wrote since then, and what a worker before
+        this one wrote without marking it, is unknown. Then all of guest memory is marked.
+
+        Raises:
+            HostError: the log cannot be mapped; the old one stays.
+            RefusedError: it has no room for all of guest memory.
+        """
+        self._engine.map_log(fd, size_bytes, mmap_offset)
+        self._has_log = fd >= 0
+        await self._log_running()
+        if self._has_log and self._unlogged:
+            self._unlogged = False
+            if self._regions:
+                self._engine.mark_all()
+
+    async def set_log_fd(self, fd: int) -> None:
+        """Replace the eventfd that tells of marked pages; -1 for none."""
+        self._engine.set_log_fd(fd)
+        await self._log_running()
+
+    async def set_vring_log(self, index: int, log_guest_address: int | None) -> None:
+        """Log writes to a used ring, or no longer.
+
+        Raises:
+            RefusedError: the log has no room for all of guest memory.
+        """
+        flags = 0 if log_guest_address is None else VHOST_VRING_F_LOG
+        vring = replace(self._running[index], flags=flags, log_guest_address=log_guest_address or 0)
+        await self._log_vring(index, vring)
+
+    async def _log_running(self) -> None:
+        for index, vring in tuple(self._running.items()):
+            await self._log_vring(index, vring)
+
+    async def _log_vring(self, index: int, vring: Vring) -> None:
+        await self._engine.set_vring_log(index, vring.log_buffers, vring.log_used_address)
+        self._running[index] = vring
+        self._note_unlogged(vring)
+
+    def _note_unlogged(self, vring: Vring) -> None:
+        self._unlogged |= not self._has_log and (vring.log_buffers or vring.log_used_address is not None)
 
     async def map_memory(self, regions: Sequence[MemoryRegion]) -> None:
         """Replace the guest's memory; sockets are closed first, for they pin the old one.
@@ -149,6 +210,7 @@ class PortDevice:
         """
         await self._attach_socket(index // 2)
         first = not self._running
+        self._note_unlogged(vring)
         self._running[index] = vring  # before the engine knows of it: a start that is cancelled is followed by a stop
         try:
             resumed = await self._engine.start_vring(index, vring_config(self._recorded(index, vring)))
@@ -349,6 +411,8 @@ def vring_config(vring: Vring) -> _core.VringConfig:
         err_fd=vring.err_fd,
         record_fd=vring.inflight_fd,
         record_offset=vring.inflight_offset,
+        log_buffers=vring.log_buffers,
+        log_used_address=vring.log_used_address,
     )
 
 

@@ -166,6 +166,18 @@ class LoopbackDevice:
             rest = rest[length:]
         rx.use(head, len(stream))
 
+    async def log_writes(self, on: bool) -> None:
+        pass
+
+    async def set_log(self, fd: int, size_bytes: int, mmap_offset: int) -> None:
+        pass
+
+    async def set_log_fd(self, fd: int) -> None:
+        pass
+
+    async def set_vring_log(self, index: int, log_guest_address: int | None) -> None:
+        pass
+
     async def set_vring_enabled(self, index: int, enabled: bool) -> None:
         pass
 

@@ -105,8 +105,8 @@ async def test_feature_that_was_not_offered_ends_the_connection() -> None:
         await ends_with(task, "SET_FEATURES: not offered: VIRTIO_F_RING_PACKED")
 
 
-async def test_dirty_logging_is_not_offered() -> None:
-    async with connected(FakeDevice()) as (frontend, _, task):
+async def test_logging_is_refused_by_a_device_without_it() -> None:
+    async with connected(FakeDevice(features=FEATURES)) as (frontend, _, task):
         await frontend.set_features(FEATURES | VirtioFeature.VHOST_F_LOG_ALL)
         await ends_with(task, "SET_FEATURES: not offered: VHOST_F_LOG_ALL")
 
@@ -384,10 +384,12 @@ async def test_bad_address_ends_the_connection(address: VringAddress, reason: st
         await ends_with(task, f"SET_VRING_ADDR: {reason}")
 
 
-async def test_logging_of_the_used_ring_is_refused() -> None:
-    async with negotiated() as (frontend, _, _, _):
+@pytest.mark.parametrize(("offered", "flags"), [(False, 1), (True, 2)])
+async def test_flags_that_were_not_offered_are_refused(offered: bool, flags: int) -> None:
+    features = FEATURES | (VirtioFeature.VHOST_F_LOG_ALL if offered else 0)
+    async with negotiated(FakeDevice(features=features)) as (frontend, _, _, _):
         with pytest.raises(RefusedError):
-            await frontend.set_vring_addr(ring_address(0, flags=1))
+            await frontend.set_vring_addr(ring_address(0, flags=flags))
 
 
 @pytest.mark.parametrize(

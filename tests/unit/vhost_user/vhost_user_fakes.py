@@ -20,6 +20,7 @@ from mpassthru.vhost_user import (
     VringAddress,
 )
 from mpassthru.vhost_user.connection import Connection
+from mpassthru.vhost_user.message import VHOST_VRING_F_LOG
 
 FEATURES = int(
     VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES
@@ -64,6 +65,7 @@ class FakeDevice:
     failures: dict[str, MpassthruError] = field(default_factory=dict)
     acked: int | None = None
     status: int = 0
+    logs: bool = False
     mtu_bytes: int = 0
     rarp: bytes = b""
     next_base: int = 0
@@ -76,6 +78,24 @@ class FakeDevice:
         assert not self.starting
         await self._called("set_features")
         self.acked = features
+
+    async def log_writes(self, on: bool) -> None:
+        await self._called(f"log_writes {on}")
+
+    async def set_log(self, fd: int, size_bytes: int, mmap_offset: int) -> None:
+        assert fd == -1 or is_open(fd)
+        if fd >= 0 or self.logs:
+            await self._called(f"set_log {size_bytes} {mmap_offset}")
+        self.logs = fd >= 0
+
+    async def set_log_fd(self, fd: int) -> None:
+        assert fd == -1 or is_open(fd)
+
+    async def set_vring_log(self, index: int, log_guest_address: int | None) -> None:
+        assert index in self.running
+        await self._called(f"set_vring_log {index} {log_guest_address}")
+        flags = 0 if log_guest_address is None else VHOST_VRING_F_LOG
+        self._change(index, flags=flags, log_guest_address=log_guest_address or 0)
 
     async def map_memory(self, regions: Sequence[MemoryRegion]) -> None:
         assert not self.running
@@ -168,10 +188,10 @@ def region(fd: int, *, slot: int = 0, size_bytes: int = MEMORY_BYTES) -> MemoryR
     return MemoryRegion(start, size_bytes, USER_BASE + start, 0, fd)
 
 
-def ring_address(index: int, *, shift: int = 0, flags: int = 0) -> VringAddress:
+def ring_address(index: int, *, shift: int = 0, flags: int = 0, log_guest_address: int = 0) -> VringAddress:
     """Rings of up to 256 entries, each vring in 16 KiB of its own."""
     start = USER_BASE + index * 0x4000 + shift
-    return VringAddress(index, flags, start, start + 0x2000, start + 0x1000, 0)
+    return VringAddress(index, flags, start, start + 0x2000, start + 0x1000, log_guest_address)
 
 
 @asynccontextmanager

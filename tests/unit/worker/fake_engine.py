@@ -80,6 +80,18 @@ class FakeEngine:
     def socket_attached(self, queue_pair: int) -> bool:
         return queue_pair in self.attached
 
+    def map_log(self, fd: int, *, size_bytes: int = 0, offset: int = 0) -> None:
+        self.calls.append(f"log {fd >= 0} {size_bytes} {offset}")
+
+    def set_log_fd(self, fd: int) -> None:
+        self.calls.append(f"log-fd {fd >= 0}")
+
+    def mark_all(self) -> None:
+        self.calls.append("mark-all")
+
+    def set_vring_log(self, index: int, log_buffers: bool, log_used_address: int | None) -> int:
+        return self._operation(f"vring-log {index} {log_buffers} {log_used_address}")
+
     def send_frame(self, queue_pair: int, frame: bytes) -> int:
         return self._operation(f"send {queue_pair} {frame.hex()}")
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pytest
@@ -17,6 +17,7 @@ from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage
 from mpassthru.errors import HostError, QueueFault, RefusedError
 from mpassthru.vhost_user import MemoryRegion, VirtioFeature
 from mpassthru.vhost_user.device import Vring
+from mpassthru.vhost_user.message import VHOST_VRING_F_LOG
 from mpassthru.worker import device as device_module
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.device import PortDevice, rarp_frame
@@ -291,6 +292,54 @@ async def test_reset_closes_every_socket(bench: Bench) -> None:
     assert bench.engine.attached == set()
 
 
+async def test_logging_is_switched_while_virtqueues_run(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    await bench.device.start_vring(1, VRING)
+    bench.engine.calls.clear()
+
+    await bench.device.set_log(0, 4096, 8)
+    await bench.device.log_writes(True)
+    await bench.device.set_vring_log(1, 0x3000)
+    await bench.device.log_writes(False)
+    await bench.device.set_vring_log(1, None)
+
+    assert bench.engine.calls == [
+        "log True 4096 8",
+        "vring-log 0 False None",
+        "vring-log 1 False None",
+        "vring-log 0 True None",
+        "vring-log 1 True None",
+        "vring-log 1 True 12288",
+        "vring-log 0 False None",
+        "vring-log 1 False 12288",
+        "vring-log 1 False None",
+    ]
+
+
+async def test_queues_that_ran_without_the_log_they_should_have_had_mark_everything(bench: Bench) -> None:
+    """QEMU starts queues with logging on, and sends the log afterwards; a worker before this one may have died too."""
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 4096)
+    await bench.device.map_memory([MemoryRegion(0, 4096, 0, 0, fd)])
+    await bench.device.start_vring(0, replace(VRING, features=int(VirtioFeature.VHOST_F_LOG_ALL)))
+    bench.engine.calls.clear()
+
+    await bench.device.set_log(0, 4096, 0)
+    assert bench.engine.calls == ["log True 4096 0", "vring-log 0 True None", "mark-all"]
+    await bench.device.set_log(0, 8192, 0)
+    assert bench.engine.calls[3:] == ["log True 8192 0", "vring-log 0 True None"], "the one before had it all"
+    os.close(fd)
+
+
+async def test_queues_that_start_with_a_log_there_do_not_mark_everything(bench: Bench) -> None:
+    await bench.device.set_log(0, 4096, 0)
+    await bench.device.start_vring(0, replace(VRING, flags=VHOST_VRING_F_LOG, log_guest_address=0x3000))
+    await bench.device.set_log(0, 4096, 0)
+    await bench.device.set_log_fd(0)
+    assert "mark-all" not in bench.engine.calls
+    assert bench.engine.calls[-2:] == ["log-fd True", "vring-log 0 False 12288"]
+
+
 async def test_mtu_beyond_the_interfaces_is_refused_with_the_way_out(bench: Bench) -> None:
     await bench.device.set_mtu(1500)
 
@@ -337,8 +386,6 @@ def test_multiqueue_is_offered_only_with_several_queues() -> None:
     assert features(2) & VirtioFeature.VIRTIO_NET_F_MQ
 
 
-@pytest.mark.parametrize(
-    "feature", ["VHOST_F_LOG_ALL", "VIRTIO_NET_F_CSUM", "VIRTIO_F_IN_ORDER", "VIRTIO_F_RING_PACKED"]
-)
+@pytest.mark.parametrize("feature", ["VIRTIO_NET_F_CSUM", "VIRTIO_F_IN_ORDER", "VIRTIO_F_RING_PACKED"])
 def test_what_is_not_built_is_not_offered(feature: str) -> None:
     assert not device_module.FEATURES & VirtioFeature[feature]

@@ -7,8 +7,10 @@ use mpassthru_testing::memory::{self as vmm, GuestPhysAddr, RegionConfig};
 
 use super::{Engine, PollMode, QUEUE_PAIRS_MAX};
 use crate::error::Error;
-use crate::fixture::{Guest, VIRTIO_F_VERSION_1, specs};
+use crate::fixture::{Guest, VIRTIO_F_VERSION_1, memfd, specs};
+use crate::guest_memory::LogSpec;
 use crate::pump::{Completion, Event, VringConfig};
+use crate::virtqueue::Logged;
 use crate::xsk::{BindMode, SocketParams, UmemLayout};
 
 const PARAMS: SocketParams = SocketParams {
@@ -69,7 +71,9 @@ fn test_only_sensible_numbers_of_queue_pairs_are_possible() {
 fn test_without_memory_nothing_starts() {
     let engine = engine(1);
     let guest = Guest::of_pages(32);
-    assert!(message(engine.start_vring(0, config(&guest, 0, 0))).contains("not sent any guest memory"));
+    assert!(
+        message(engine.start_vring(0, config(&guest, 0, 0), Logged::default())).contains("not sent any guest memory")
+    );
     assert!(message(engine.attach_socket(0, 0, PARAMS)).contains("not sent any guest memory"));
 }
 
@@ -78,7 +82,7 @@ fn test_queues_that_do_not_exist_are_refused() {
     let engine = engine(2);
     let guest = mapped(&engine);
     let none = "there is no queue pair 2: this port has 2";
-    assert_eq!(message(engine.start_vring(4, config(&guest, 0, 0))), none);
+    assert_eq!(message(engine.start_vring(4, config(&guest, 0, 0), Logged::default())), none);
     assert_eq!(message(engine.stop_vring(5)), none);
     assert_eq!(message(engine.detach_socket(2)), none);
     assert_eq!(message(engine.send_frame(2, vec![0; 60])), none);
@@ -96,7 +100,7 @@ fn test_a_queue_stops_at_the_base_that_it_was_started_with_while_there_is_no_soc
         driver.publish();
         driver.ring().set_avail_idx(u16::wrapping_add(base, 1));
         guest.vmm.write(layout(index).used.plus(2), &base.to_le_bytes()).unwrap();
-        let token = engine.start_vring(index, config(&guest, index, base)).unwrap();
+        let token = engine.start_vring(index, config(&guest, index, base), Logged::default()).unwrap();
         completed(&engine, token).unwrap();
         let token = engine.stop_vring(index).unwrap();
         assert_eq!(completed(&engine, token).unwrap(), u64::from(base));
@@ -109,9 +113,9 @@ fn test_broken_rings_end_the_start_and_nothing_else() {
     let guest = mapped(&engine);
     let mut broken = config(&guest, 0, 0);
     broken.queue.size = 7;
-    let token = engine.start_vring(0, broken).unwrap();
+    let token = engine.start_vring(0, broken, Logged::default()).unwrap();
     assert!(matches!(completed(&engine, token), Err(Error::Fault(_))));
-    let token = engine.start_vring(0, config(&guest, 0, 0)).unwrap();
+    let token = engine.start_vring(0, config(&guest, 0, 0), Logged::default()).unwrap();
     completed(&engine, token).unwrap();
 }
 
@@ -119,7 +123,7 @@ fn test_broken_rings_end_the_start_and_nothing_else() {
 fn test_memory_in_use_is_not_replaced() {
     let engine = engine(1);
     let guest = mapped(&engine);
-    let token = engine.start_vring(1, config(&guest, 1, 0)).unwrap();
+    let token = engine.start_vring(1, config(&guest, 1, 0), Logged::default()).unwrap();
     completed(&engine, token).unwrap();
     let other = vmm::GuestMemory::new(&[RegionConfig::memfd(0, 4096)]).unwrap();
     for regions in [specs(&other), Vec::new()] {
@@ -129,7 +133,7 @@ fn test_memory_in_use_is_not_replaced() {
     assert_eq!(completed(&engine, token).unwrap(), 0, "the old memory is still there");
     engine.map_memory(&specs(&other)).unwrap();
     engine.map_memory(&[]).unwrap();
-    assert!(engine.start_vring(1, config(&guest, 1, 0)).is_err(), "none is mapped");
+    assert!(engine.start_vring(1, config(&guest, 1, 0), Logged::default()).is_err(), "none is mapped");
 }
 
 #[test]
@@ -165,4 +169,41 @@ fn test_an_engine_closes_twice_and_lets_go_of_its_memory() {
     engine.close();
     assert!(!maps().contains("memfd:closed-engine"));
     assert_eq!(engine.counts(), Default::default());
+}
+
+#[test]
+fn test_a_log_without_room_for_all_memory_is_refused_where_it_would_be_used() {
+    let engine = engine(1);
+    let guest = mapped(&engine);
+    let file = memfd("log", 4096);
+    let log = |size_bytes| LogSpec { fd: file.as_raw_fd(), offset: 0, size_bytes };
+    let all = Logged { buffers: true, used_ring: None };
+    engine.map_log(Some(&log(1))).unwrap();
+    let token = engine.start_vring(0, config(&guest, 0, 0), Logged::default()).unwrap();
+    completed(&engine, token).unwrap();
+    let refused = "the migration log has no room for all of guest memory";
+    assert_eq!(message(engine.set_vring_log(0, all)), refused);
+    assert_eq!(message(engine.start_vring(1, config(&guest, 1, 0), all)), refused);
+
+    engine.map_log(Some(&log(64))).unwrap();
+    let token = engine.set_vring_log(0, all).unwrap();
+    completed(&engine, token).unwrap();
+    let token = engine.start_vring(1, config(&guest, 1, 0), all).unwrap();
+    completed(&engine, token).unwrap();
+    let token = engine.set_vring_log(2, all);
+    assert!(message(token).starts_with("there is no queue pair 1"));
+}
+
+#[test]
+fn test_all_of_memory_is_marked_only_where_there_is_memory_and_a_log() {
+    let engine = engine(1);
+    let file = memfd("log", 4096);
+    engine.map_log(Some(&LogSpec { fd: file.as_raw_fd(), offset: 0, size_bytes: 64 })).unwrap();
+    assert!(message(engine.mark_all()).contains("has not sent any guest memory"));
+    let _guest = mapped(&engine);
+    engine.mark_all().unwrap();
+    assert!(engine.map_log(Some(&LogSpec { fd: file.as_raw_fd(), offset: 0, size_bytes: 4097 })).is_err());
+    engine.mark_all().unwrap();
+    engine.map_log(None).unwrap();
+    assert!(message(engine.mark_all()).contains("has not sent a migration log"));
 }

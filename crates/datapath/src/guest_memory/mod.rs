@@ -14,6 +14,7 @@
 //! has checked.
 
 mod address;
+mod dirty_log;
 mod region;
 mod shared_file;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 pub use address::{GuestPhysAddr, UmemAddr, UserAddr};
+pub use dirty_log::{DirtyLog, LogSpec};
 pub use region::{Region, RegionSpec};
 pub use shared_file::{FileSpec, SharedFile};
 
@@ -151,6 +153,13 @@ impl GuestMemory {
             let fits = offset.checked_add(len_bytes)? <= region.size_bytes;
             fits.then(|| region.umem.plus(offset))
         })
+    }
+
+    /// The guest's own address of a byte; `None` in our slabs. `hint` as in `translate`.
+    pub fn guest_phys(&self, addr: UmemAddr, hint: usize) -> Option<GuestPhysAddr> {
+        let holds = |region: &&Region| addr.0.wrapping_sub(region.umem.0) < region.size_bytes;
+        let region = self.regions.get(hint).filter(holds).or_else(|| self.regions.iter().find(holds))?;
+        region.guest_phys.checked_add(addr.0 - region.umem.0)
     }
 
     /// Page size of the memory at an address: that of its file, or of our slabs. `hint` as in `translate`.

@@ -51,19 +51,13 @@ impl Extent {
     /// A region that reaches past the end of its file would end this process by SIGBUS at first touch.
     pub fn of(spec: &RegionSpec) -> Result<Self, HostError> {
         let what = || format!("cannot map guest memory region at {:#x} ({} bytes)", spec.guest_phys.0, spec.size_bytes);
-        let (file_system, block_bytes) = file_system(spec.fd)
-            .map_err(|errno| HostError::new(errno, what(), "the front-end sent a file descriptor that is no file"))?;
-        let page_bytes = match file_system {
-            libc::TMPFS_MAGIC => PAGE_BYTES,
-            libc::HUGETLBFS_MAGIC => block_bytes,
+        let no_file = |errno| HostError::new(errno, what(), "the front-end sent a file descriptor that is no file");
+        let Some(page_bytes) = page_bytes(spec.fd).map_err(no_file)? else {
             // The kernel refuses to pin such pages (mm/gup.c: writable_file_mapping_allowed), after it pinned others.
-            _ => {
-                let advice = "memory on a disk file cannot be pinned: use memfd, hugetlbfs or POSIX shared memory";
-                return Err(HostError::new(libc::EFAULT, what(), advice));
-            }
+            let advice = "memory on a disk file cannot be pinned: use memfd, hugetlbfs or POSIX shared memory";
+            return Err(HostError::new(libc::EFAULT, what(), advice));
         };
-        let file_bytes = file_bytes(spec.fd)
-            .map_err(|errno| HostError::new(errno, what(), "the front-end sent a file descriptor that is no file"))?;
+        let file_bytes = file_bytes(spec.fd).map_err(no_file)?;
         let end = spec
             .mmap_offset
             .checked_add(spec.size_bytes)
@@ -86,6 +80,17 @@ impl Extent {
             page_bytes: self.page_bytes,
         }
     }
+}
+
+/// Size of the pages of a file in memory: tmpfs (memfd, POSIX shared memory) or hugetlbfs; `None` on any other file
+/// system.
+pub(super) fn page_bytes(fd: RawFd) -> Result<Option<u64>, i32> {
+    let (file_system, block_bytes) = file_system(fd)?;
+    Ok(match file_system {
+        libc::TMPFS_MAGIC => Some(PAGE_BYTES),
+        libc::HUGETLBFS_MAGIC => Some(block_bytes),
+        _ => None,
+    })
 }
 
 /// Type of the file system that a file is on, and its block size: that of its pages on hugetlbfs.

@@ -9,6 +9,7 @@ use super::vring::VringConfig;
 use crate::error::{Error, HostError, QueueFault};
 use crate::fd::EventFd;
 use crate::guest_memory::GuestMemory;
+use crate::virtqueue::WriteLog;
 use crate::xsk::{SharedFd, SocketParams};
 
 /// One step for a pump. `tx` tells which virtqueue of the pair is meant: rx or tx.
@@ -62,6 +63,13 @@ pub enum Command {
         tx: bool,
         /// The new eventfd.
         fd: Option<EventFd>,
+    },
+    /// Log writes of a virtqueue from the next burst on, or no longer.
+    SetLog {
+        /// Which.
+        tx: bool,
+        /// Where, and which writes.
+        log: Option<WriteLog>,
     },
     /// Send a frame of ours.
     Inject {

@@ -104,12 +104,18 @@ impl<V: Copy + Default> InFlight<V> {
 
     /// All values, in no particular order.
     pub fn values(&self) -> impl Iterator<Item = V> + '_ {
+        self.entries().map(|(_, value)| value)
+    }
+
+    /// All keys with their values, in no particular order.
+    pub fn entries(&self) -> impl Iterator<Item = (UmemAddr, V)> + '_ {
         self.buckets.iter().flat_map(move |&first| {
             std::iter::successors((first != NONE).then_some(first), move |&slot| {
                 let next = self.slots[usize::from(slot)].next;
                 (next != NONE).then_some(next)
             })
-            .map(move |slot| self.slots[usize::from(slot)].value)
+            .map(move |slot| &self.slots[usize::from(slot)])
+            .map(|slot| (UmemAddr(slot.key), slot.value))
         })
     }
 

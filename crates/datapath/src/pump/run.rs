@@ -279,6 +279,7 @@ impl Pump {
                 }
             }),
             Command::SetErr { tx, fd } => self.with_vring(tx, |vring| vring.err = fd),
+            Command::SetLog { tx, log } => self.with_vring(tx, |vring| vring.queue.set_log(log)),
             Command::Inject { frame } => self.inject(&frame),
         }
     }

@@ -18,7 +18,7 @@ use crate::error::QueueFault;
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::virtqueue::{CHAIN_DESCS_MAX, Direction, Taken};
-use crate::xsk::{CHUNK_BYTES, RX_RING_DESCS, RxDesc, XskSocket};
+use crate::xsk::{CHUNK_BYTES, DriverRules, RX_RING_DESCS, RxDesc, UmemLayout, XskSocket};
 
 /// Frames handled before the other direction gets its turn.
 const BURST: u32 = 64;
@@ -64,6 +64,8 @@ enum Fit {
 pub(super) struct Rx {
     pub vring: Vring,
     posted: InFlight<Posted>,
+    /// Of the socket that the posted buffers were given to; it is closed when they are recalled.
+    socket: Option<(UmemLayout, DriverRules)>,
     waiting: VecDeque<Waiting>,
     waiting_segments: VecDeque<Segment>,
     /// Smallest capacity among waiting heads, or less: it only shrinks while slab frames are posted.
@@ -76,6 +78,7 @@ impl Rx {
         Self {
             vring,
             posted: InFlight::with_capacity(RX_RING_DESCS as usize),
+            socket: None,
             waiting: VecDeque::with_capacity(RX_RING_DESCS as usize),
             waiting_segments: VecDeque::with_capacity(WAITING_SEGMENTS_MAX),
             waiting_min_bytes: u32::MAX,
@@ -122,6 +125,9 @@ impl Rx {
             debug_assert!(false, "the kernel answers only fill entries that it was given");
             return;
         };
+        if self.vring.queue.is_logged() {
+            self.log_posted(desc.fill, posted.header);
+        }
         if !self.vring.enabled {
             counts.dropped(DropReason::Disabled);
             self.posted.insert(desc.fill, posted);
@@ -166,7 +172,8 @@ impl Rx {
             let before = left.bytes();
             for _ in 0..head.segments {
                 let Some(segment) = self.waiting_segments.pop_front() else { break };
-                left.copy_into(self.vring.queue.memory(), segment, counts);
+                let written = left.copy_into(self.vring.queue.memory(), segment, counts);
+                self.vring.queue.log_buffer(segment.addr, u64::from(written));
             }
             self.vring.queue.push_used(head.taken.head, before - left.bytes());
         }
@@ -189,6 +196,7 @@ impl Rx {
 
     /// Takes fresh heads from the guest and posts them, or slab frames in their stead. Returns their number.
     fn refill(&mut self, xsk: &mut XskSocket, slab: &mut Slab) -> Result<u32, QueueFault> {
+        self.socket = Some((xsk.layout, xsk.rules));
         let available = self.vring.queue.available()?;
         let mut count = 0;
         for _ in 0..available.min(REFILL_BURST) {
@@ -292,8 +300,29 @@ impl Rx {
         }
     }
 
+    /// Marks a posted buffer in the log, its header and all that the kernel or the NIC may have written to it: more than
+    /// the frame that is delivered, where an earlier one was dropped after it was written.
+    #[cold]
+    fn log_posted(&self, fill: UmemAddr, header: UmemAddr) {
+        let Some((layout, rules)) = self.socket else { return };
+        let (frame, header_len) = (fill.plus(layout.frame_offset()), u64::from(self.vring.header_len));
+        let end = rules.written_end(frame);
+        if header.plus(header_len) == frame {
+            self.vring.queue.log_buffer(header, end.0 - header.0);
+        } else {
+            self.vring.queue.log_buffer(header, header_len);
+            self.vring.queue.log_buffer(frame, end.0 - frame.0);
+        }
+    }
+
     /// Gives every head back to the guest. The socket is closed: nothing can arrive any more.
     pub fn recall(&mut self, slab: &mut Slab) {
+        if self.vring.queue.is_logged() {
+            // They may have been written: by frames that nobody read from the rx ring, or that were dropped. A driver
+            // may expect nothing of a buffer that comes back unused, but every write is to be logged, and only so can
+            // anybody check that memory is the same at both ends of a migration.
+            self.posted.entries().for_each(|(fill, posted)| self.log_posted(fill, posted.header));
+        }
         let mut heads: Vec<_> = self.posted.values().map(|posted| posted.taken).collect();
         heads.extend(self.waiting.iter().map(|waiting| waiting.taken));
         self.posted.clear();
@@ -330,8 +359,8 @@ impl Frame<'_> {
         self.header.len() as u32 + self.len
     }
 
-    /// Copies as much as fits into `to`.
-    fn copy_into(&mut self, memory: &GuestMemory, to: Segment, counts: &mut Counts) {
+    /// Copies as much as fits into `to`; returns its length.
+    fn copy_into(&mut self, memory: &GuestMemory, to: Segment, counts: &mut Counts) -> u32 {
         let header = self.header.len().min(to.len as usize);
         memory.write(to.addr, &self.header[..header]);
         self.header = &self.header[header..];
@@ -342,6 +371,7 @@ impl Frame<'_> {
             self.at = self.at.plus(u64::from(payload));
             self.len -= payload;
         }
+        header as u32 + payload
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::error::{Error, QueueFault};
 use crate::fd::EventFd;
 use crate::guest_memory::GuestMemory;
-use crate::virtqueue::{InflightRecord, QueueConfig, SplitQueue, Taken};
+use crate::virtqueue::{InflightRecord, QueueConfig, SplitQueue, Taken, WriteLog};
 
 const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
 const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
@@ -44,6 +44,8 @@ pub struct VringConfig {
     pub err: Option<EventFd>,
     /// What is in flight, for whoever comes after this process, and from whoever was before.
     pub record: Option<InflightRecord>,
+    /// Where writes to guest memory are logged, if they are.
+    pub log: Option<WriteLog>,
 }
 
 /// A running virtqueue.
@@ -68,6 +70,7 @@ impl Vring {
         let event_idx = config.features & VIRTIO_RING_F_EVENT_IDX != 0;
         let mergeable = config.features & VIRTIO_NET_F_MRG_RXBUF != 0;
         let mut queue = SplitQueue::new(memory, &QueueConfig { event_idx, ..config.queue })?;
+        queue.set_log(config.log);
         let resumed = config.record.map_or(0, |record| queue.resume(record));
         Ok(Self {
             queue,

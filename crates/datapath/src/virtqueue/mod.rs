@@ -12,12 +12,14 @@ mod inflight_record;
 mod split;
 #[cfg(test)]
 mod tests;
+mod write_log;
 
 pub use chain::Direction;
 pub use inflight_record::{InflightRecord, record_bytes};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use split::start_position;
 pub use split::{QueueConfig, SplitQueue, Taken};
+pub use write_log::{Logged, WriteLog};
 
 /// Longest chain that is walked; more than any driver makes (QEMU's VIRTQUEUE_MAX_SIZE is 1024 too).
 pub const CHAIN_DESCS_MAX: usize = 1024;

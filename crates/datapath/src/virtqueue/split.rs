@@ -7,6 +7,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::chain::{self, Direction, Table};
 use super::descriptor::DESCRIPTOR_BYTES;
 use super::inflight_record::InflightRecord;
+use super::write_log::WriteLog;
 use crate::error::QueueFault;
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr, UserAddr};
 
@@ -15,6 +16,8 @@ const VIRTQ_USED_F_NO_NOTIFY: u16 = 1;
 const USED_ELEMENT_BYTES: u64 = 8;
 /// flags and idx, in front of the entries of the avail and the used ring.
 const RING_HEADER_BYTES: u64 = 4;
+/// Where idx is in the used ring.
+const USED_IDX_OFFSET: u64 = 2;
 
 /// Positions in the avail ring start here; below are heads that an earlier back-end took, whose entries are gone.
 const RING_POSITIONS: u64 = 1 << 32;
@@ -71,6 +74,8 @@ pub struct SplitQueue {
     /// Used index when the driver was last considered for a call.
     called_at: u16,
     region_hint: usize,
+    /// Where writes to guest memory are logged, if they are. Never while nobody migrates: one branch per burst then.
+    log: Option<WriteLog>,
 }
 
 impl SplitQueue {
@@ -94,7 +99,7 @@ impl SplitQueue {
         let avail = place("avail ring", config.avail, 2, RING_HEADER_BYTES + entries * 2 + 2)?;
         let used = place("used ring", config.used, 4, RING_HEADER_BYTES + entries * USED_ELEMENT_BYTES + 2)?;
         // Relaxed: the used index is ours alone; it says what an earlier back-end published.
-        let used_idx = memory.load_u16(used.plus(2), Ordering::Relaxed);
+        let used_idx = memory.load_u16(used.plus(USED_IDX_OFFSET), Ordering::Relaxed);
         // Relaxed: a plausible value is all that is wanted; available() looks again.
         let avail_idx = memory.load_u16(avail.plus(2), Ordering::Relaxed);
         let position = start_position(config.base, used_idx, avail_idx, config.size as u16);
@@ -114,6 +119,7 @@ impl SplitQueue {
             used_idx,
             called_at: used_idx,
             region_hint: 0,
+            log: None,
         })
     }
 
@@ -155,6 +161,46 @@ impl SplitQueue {
         let slot = u64::from(index & (self.size - 1));
         // Relaxed: ordered by the Acquire load of the index.
         self.memory.load_u16(self.avail.plus(RING_HEADER_BYTES + 2 * slot), Ordering::Relaxed)
+    }
+
+    /// Logs writes from now on, or no longer. All that was written before is in the log before.
+    pub fn set_log(&mut self, log: Option<WriteLog>) {
+        debug_assert_eq!(self.used_idx, self.next_used, "what is written but not published is not logged yet");
+        self.log = log;
+    }
+
+    /// Whether writes are logged.
+    #[inline]
+    pub fn is_logged(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// Says that a part of a buffer was written, all of it in one region.
+    #[inline]
+    pub fn log_buffer(&self, start: UmemAddr, len_bytes: u64) {
+        if let Some(log) = &self.log {
+            log.buffer(&self.memory, start, len_bytes, self.region_hint);
+        }
+    }
+
+    #[inline]
+    fn log_used_ring(&self, offset: u64, len_bytes: u64) {
+        if let Some(log) = &self.log {
+            log.used_ring(offset, len_bytes);
+        }
+    }
+
+    /// Says that used entries from `first` on, and the index, were written.
+    #[cold]
+    fn log_published(&self, log: &WriteLog, first: u16) {
+        let size = u64::from(self.size);
+        let count = u64::from(self.used_idx.wrapping_sub(first)).min(size);
+        let start = u64::from(first) & (size - 1);
+        let up_to_end = count.min(size - start);
+        log.used_ring(RING_HEADER_BYTES + start * USED_ELEMENT_BYTES, up_to_end * USED_ELEMENT_BYTES);
+        log.used_ring(RING_HEADER_BYTES, (count - up_to_end) * USED_ELEMENT_BYTES);
+        log.used_ring(USED_IDX_OFFSET, 2);
+        log.published();
     }
 
     /// The memory that the rings and buffers live in.
@@ -284,15 +330,19 @@ impl SplitQueue {
     #[inline]
     pub fn publish_used(&mut self) {
         if self.used_idx != self.next_used {
+            let first = self.used_idx;
             self.used_idx = self.next_used;
             if let Some(record) = &self.record {
                 record.before_publish();
             }
             // Release: used entries and the frames themselves are visible before the index. Pairs with the driver's
             // read barrier after it loads used->idx (VIRTIO 1.3 §2.7.14).
-            self.memory.store_u16(self.used.plus(2), self.used_idx, Ordering::Release);
+            self.memory.store_u16(self.used.plus(USED_IDX_OFFSET), self.used_idx, Ordering::Release);
             if let Some(record) = &mut self.record {
                 record.published(self.used_idx);
+            }
+            if let Some(log) = &self.log {
+                self.log_published(log, first);
             }
         }
     }
@@ -321,6 +371,7 @@ impl SplitQueue {
     pub fn disable_kicks(&mut self) {
         if !self.event_idx {
             self.memory.store_u16(self.used, VIRTQ_USED_F_NO_NOTIFY, Ordering::Relaxed);
+            self.log_used_ring(0, 2);
         }
     }
 
@@ -330,10 +381,12 @@ impl SplitQueue {
     /// [`QueueFault::AvailIndexJump`].
     pub fn enable_kicks(&mut self) -> Result<bool, QueueFault> {
         if self.event_idx {
-            let avail_event = self.used.plus(RING_HEADER_BYTES + u64::from(self.size) * USED_ELEMENT_BYTES);
-            self.memory.store_u16(avail_event, self.avail_idx, Ordering::Relaxed);
+            let avail_event = RING_HEADER_BYTES + u64::from(self.size) * USED_ELEMENT_BYTES;
+            self.memory.store_u16(self.used.plus(avail_event), self.avail_idx, Ordering::Relaxed);
+            self.log_used_ring(avail_event, 2);
         } else {
             self.memory.store_u16(self.used, 0, Ordering::Relaxed);
+            self.log_used_ring(0, 2);
         }
         // SeqCst fence: our wish is visible before avail->idx is read again. Pairs with the driver's full barrier
         // between storing avail->idx and reading avail_event/flags (VIRTIO 1.3 §2.7.13.4).

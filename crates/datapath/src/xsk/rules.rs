@@ -67,8 +67,13 @@ impl DriverRules {
     /// Whether nothing that may be written for a frame at `frame` passes the `room` bytes from there on.
     #[inline]
     pub fn write_stays_inside(&self, frame: UmemAddr, room: u32) -> bool {
-        let end = (frame.0 + u64::from(self.rx_write_max)).next_multiple_of(u64::from(self.rx_write_align));
-        end <= frame.0 + u64::from(room)
+        self.written_end(frame).0 <= frame.0 + u64::from(room)
+    }
+
+    /// Where all ends that may be written for frames that start at `frame`, whether they are delivered or dropped.
+    #[inline]
+    pub fn written_end(&self, frame: UmemAddr) -> UmemAddr {
+        UmemAddr((frame.0 + u64::from(self.rx_write_max)).next_multiple_of(u64::from(self.rx_write_align)))
     }
 
     /// Whether `len_bytes` from `start` on, which contain `inside`, are one range for the device too: the kernel drops a

@@ -2,6 +2,7 @@
 
 mod access;
 mod arena;
+mod dirty_log;
 mod translate;
 
 use std::os::fd::{AsRawFd, OwnedFd};

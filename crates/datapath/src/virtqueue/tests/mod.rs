@@ -5,6 +5,7 @@ mod chains;
 mod hostile;
 mod inflight;
 mod kicks;
+mod log;
 mod oracle;
 mod rings;
 mod threads;

@@ -5,12 +5,13 @@
 //! head that the device has, once, with no more bytes than it holds; a fault has a broken ring behind it; no byte of
 //! guest memory has changed but in buffers that the device has, also when the NIC writes all that its rules let it; what
 //! the kernel may read lies in buffers that the device has; a wanted call was made. At the end everything is stopped:
-//! each head is used or given back by the base, and nothing is left in flight. A case without an end is found by
-//! whoever runs it.
+//! each head is used or given back by the base, nothing is left in flight, and the other end of a migration has all that
+//! was written. A case without an end is found by whoever runs it.
 //!
 //! Where the driver makes its own memory ambiguous (rx buffers over rings, one head twice), the model cannot tell what
 //! is whose any more; from there on only the code's own assertions, those of the model kernel and the clean end count.
 
+mod migration;
 mod model;
 mod steps;
 mod world;
@@ -92,6 +93,8 @@ struct Case<'a> {
     sides: [Side; 2],
     /// Whether the model knows what is whose.
     exact: bool,
+    /// Whether somebody else writes to the rings.
+    racing: bool,
     last_address: u64,
 }
 
@@ -102,7 +105,7 @@ impl<'a> Case<'a> {
         let mut pump = Pump::new(0, PollMode::Adaptive, Arc::new(commands), Arc::new(events), view);
         // The model kernel completes nothing by itself.
         pump.drain_deadline = Duration::ZERO;
-        Self { world, pump, bytes, sides: Default::default(), exact: !racing, last_address: 0 }
+        Self { world, pump, bytes, sides: Default::default(), exact: !racing, racing, last_address: 0 }
     }
 
     /// Both queues run in most cases before the first step.
@@ -251,6 +254,7 @@ impl<'a> Case<'a> {
         assert_eq!(homeless, 0, "a frame that arrives in the slab finds its buffers");
         assert!(self.pump.rx.is_none() && self.pump.tx.is_none(), "a queue without a socket stops");
         assert!(self.pump.flight.is_empty(), "nothing is in flight");
+        self.finish_migration();
         assert_eq!((self.pump.rx_slab.used(), self.pump.flight.free_slab_frames()), (0, SLAB_FRAMES));
     }
 

@@ -68,7 +68,7 @@ impl Descriptor {
 
 impl Case<'_> {
     pub(super) fn step(&mut self) -> Result<()> {
-        match self.byte()? % 48 {
+        match self.byte()? % 50 {
             0..=11 => self.post(),
             12..=14 => self.post_many(),
             15 => self.spoil_descriptor(),
@@ -109,14 +109,15 @@ impl Case<'_> {
                 self.detach();
                 Ok(())
             }
-            _ => {
+            47 => {
                 self.attach();
                 Ok(())
             }
+            _ => self.migrate(),
         }
     }
 
-    fn byte(&mut self) -> Result<u8> {
+    pub(super) fn byte(&mut self) -> Result<u8> {
         self.bytes.arbitrary()
     }
 
@@ -197,6 +198,7 @@ impl Case<'_> {
             call: (bits & 0x80 == 0).then(|| EventFd::new().expect("an eventfd")),
             err: None,
             record: None,
+            log: self.world.migration.as_ref().map(|m| m.write_log(&self.world, ring.used)),
         };
         let next_desc = side.next_desc;
         let index_at = |at: u64| if at < plan.total_bytes() { self.world.read_u16(at) } else { 0 };

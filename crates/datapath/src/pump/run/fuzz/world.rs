@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use mpassthru_testing::memory::RegionConfig;
 
+use super::migration::Migration;
 use crate::fixture::Guest;
 use crate::guest_memory::{GuestMemory, PAGE_BYTES, UmemAddr, UserAddr};
 use crate::xsk::test_kernel::TestKernel;
@@ -84,6 +85,11 @@ impl Plan {
         let &(start, size, offset) = regions.iter().find(inside)?;
         Some((offset + (address - start), len.min(size - (address - start))))
     }
+
+    /// The guest-physical address of an offset.
+    pub fn guest_phys(&self, offset: u64) -> u64 {
+        offset.checked_sub(self.near_bytes()).map_or(offset, |far| FAR_AT + far)
+    }
 }
 
 /// Guest memory, a socket, its kernel.
@@ -96,6 +102,7 @@ pub struct World {
     template: Vec<u8>,
     /// Guest memory as it should be.
     shadow: Vec<u8>,
+    pub migration: Option<Migration>,
 }
 
 impl World {
@@ -110,7 +117,7 @@ impl World {
         let (kernel, xsk) = TestKernel::bind(&guest.memory, layout, plan.mode);
         let mut template = vec![GUARD; plan.total_bytes() as usize];
         template[..plan.buffers_at() as usize].fill(0);
-        let world = Self { plan, guest, kernel, xsk: Some(xsk), shadow: template.clone(), template };
+        let world = Self { plan, guest, kernel, xsk: Some(xsk), shadow: template.clone(), template, migration: None };
         world.memory().write(world.umem(0), &world.template);
         world
     }
@@ -134,6 +141,9 @@ impl World {
         let bytes = &bytes[..bytes.len().min(self.shadow.len() - at)];
         self.guest.memory.write(self.umem(at as u64), bytes);
         self.shadow[at..at + bytes.len()].copy_from_slice(bytes);
+        if let Some(migration) = &mut self.migration {
+            migration.driver_writes(at, bytes);
+        }
     }
 
     pub fn read<const N: usize>(&self, offset: u64) -> [u8; N] {

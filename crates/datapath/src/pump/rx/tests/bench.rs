@@ -228,6 +228,11 @@ impl Bench {
         self.guest.umem(*self.free_slots.last().unwrap())
     }
 
+    /// Where guest-physical address 0 lies in the UMEM.
+    pub fn umem_start(&self) -> UmemAddr {
+        self.guest.umem(0)
+    }
+
     pub fn dropped(&self, reason: DropReason) -> u64 {
         self.counts.dropped[reason as usize]
     }

@@ -4,4 +4,5 @@ mod bench;
 mod bursts;
 mod disabled;
 mod fit;
+mod log;
 mod waiting;
