@@ -103,6 +103,41 @@ def veth_namespace(
         os.close(fd)
 
 
+@contextmanager
+def empty_namespace() -> Iterator[int]:
+    """Make a network namespace with nothing but loopback and remove it at the end; gives a descriptor of it.
+
+    Raises:
+        HostError: EPERM without CAP_SYS_ADMIN and CAP_NET_ADMIN.
+    """
+    fd = _new_namespace()
+    try:
+        with _own_namespace() as home:
+            _setns(fd)
+            try:
+                _disable_ipv6()
+                _ip("link", "set", "lo", "up")
+            finally:
+                _setns(home)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def wait_running(namespace: Namespace, ifindexes: set[int], *, timeout_s: float = 5.0) -> Iterator[None]:
+    """Wait at the end of the block until each of the namespace's interfaces was announced as running in its course.
+
+    Raises:
+        HostError: ETIMEDOUT if that did not happen in time.
+    """
+    with namespace.entered():
+        events = _open_link_events()
+    with events:
+        yield
+        _wait_running(events, ifindexes, timeout_s)
+
+
 def _populate(fd: int, ifname: str, peer: str, *, queues: int, mtu: int, offloads: bool, timeout_s: float) -> Namespace:
     size = ["mtu", str(mtu), "numrxqueues", str(queues), "numtxqueues", str(queues)]
     with _own_namespace() as home:
@@ -115,7 +150,7 @@ def _populate(fd: int, ifname: str, peer: str, *, queues: int, mtu: int, offload
             if not offloads:
                 for end in (ifname, peer):
                     set_offloads(end, enabled=False)
-            with _link_events() as events:
+            with _open_link_events() as events:
                 _ip("link", "set", ifname, "up")
                 _ip("link", "set", peer, "up")
                 _wait_running(events, {namespace.ifindex, namespace.peer_ifindex}, timeout_s)
@@ -191,11 +226,10 @@ def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
-@contextmanager
-def _link_events() -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as events:
-        events.bind((0, _RTMGRP_LINK))
-        yield events
+def _open_link_events() -> socket.socket:
+    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    events.bind((0, _RTMGRP_LINK))
+    return events
 
 
 def _wait_running(events: socket.socket, ifindexes: set[int], timeout_s: float) -> None:

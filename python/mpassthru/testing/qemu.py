@@ -80,7 +80,7 @@ class QemuGuest:
         self.accelerator: Accelerator
 
     async def __aenter__(self) -> Self:
-        """Boot the guest and wait until it takes commands.
+        """Boot the guest and wait until it takes commands, or until QEMU waits for one that migrates here.
 
         Raises:
             ChildError: QEMU or the guest failed; the message ends with its last console lines.
@@ -184,7 +184,8 @@ class QemuGuest:
             await self.qmp.negotiate()
         except ChildError as error:
             raise await self._lost("(start)") from error
-        await self.run("true", timeout_s=self._boot_timeout_s)
+        if not config.incoming:
+            await self.run("true", timeout_s=self._boot_timeout_s)
 
     async def _keep_console(self) -> None:
         assert self._process.stdout is not None

@@ -100,6 +100,7 @@ class GuestConfig:
         qemu: The program.
         programs: Host programs to have in the guest's PATH beside busybox's.
         modules: Kernel modules to load beside virtio's.
+        incoming: Boot nothing, but wait for a guest that migrates here (`mpassthru.testing.migration`).
         extra_arguments: More of QEMU's options.
     """
 
@@ -113,6 +114,7 @@ class GuestConfig:
     qemu: str = "qemu-system-x86_64"
     programs: Sequence[Path] = ()
     modules: Sequence[str] = ()
+    incoming: bool = False
     extra_arguments: Sequence[str] = ()
 
 
@@ -129,4 +131,6 @@ def qemu_arguments(config: GuestConfig, *, accelerator: Accelerator, initramfs: 
     arguments += ["-append", "console=ttyS0 quiet panic=-1", "-serial", "stdio"]
     for index, nic in enumerate(config.nics):
         arguments += nic.arguments(f"net{index}", accelerator)
+    if config.incoming:
+        arguments += ["-incoming", "defer"]
     return arguments + list(config.extra_arguments)
