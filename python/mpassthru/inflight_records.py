@@ -21,6 +21,7 @@ from typing import Final
 
 from mpassthru.sealed_memory import make_sealed_memory
 from mpassthru.vhost_user.device import Vring
+from mpassthru.vhost_user.features import VirtioFeature
 from mpassthru.vhost_user.inflight import RECORD_HEADER_BYTES, record_bytes
 from mpassthru.vhost_user.memory import MemoryRegion
 from mpassthru.vhost_user.vring import VRING_SIZE_MAX
@@ -89,4 +90,6 @@ def identify(vring: Vring, regions: Sequence[MemoryRegion]) -> bytes | None:
             return None
         status = os.fstat(region.fd)
         parts.append(_RING_PART.pack(status.st_dev, status.st_ino, region.mmap_offset + address - region.user_address))
-    return b"".join(parts) + _RING_FACTS.pack(vring.features, vring.size)
+    # Logging is switched while a ring runs: it is the same ring.
+    features = vring.features & ~VirtioFeature.VHOST_F_LOG_ALL
+    return b"".join(parts) + _RING_FACTS.pack(features, vring.size)

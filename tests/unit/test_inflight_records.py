@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from mpassthru.inflight_records import InflightRecords, make_records
-from mpassthru.vhost_user import MemoryRegion, Vring
+from mpassthru.vhost_user import MemoryRegion, VirtioFeature, Vring
 
 VRING = Vring(
     size=256,
@@ -93,6 +93,13 @@ def test_record_of_another_ring_is_emptied(
     begin(records, 0, region)
 
     assert not is_kept(records, 0, replace(VRING, **change), region)  # type: ignore[arg-type]
+
+
+def test_record_is_the_same_while_writes_are_logged(records: InflightRecords, region: MemoryRegion) -> None:
+    begin(records, 0, region)
+
+    logging = replace(VRING, features=VRING.features | VirtioFeature.VHOST_F_LOG_ALL)
+    assert is_kept(records, 0, logging, region)
 
 
 def test_record_of_another_guest_is_emptied(records: InflightRecords, region: MemoryRegion) -> None:

@@ -237,17 +237,22 @@ class PortDevice:
         """
         if index not in self._running:
             return 0  # its start was cancelled before the engine heard of it
-        self._forget_running(index)
-        try:
-            return await self._engine.stop_vring(index)
-        except HostError as error:
-            if error.errno != errno.EBUSY:
-                raise
-        # The kernel has buffers of it; only closing the socket brings them back.
-        await self.give_up_socket(index // 2)
-        base = await self._engine.stop_vring(index)
-        if index ^ 1 in self._running:
-            again = asyncio.create_task(self._attach_again(index // 2))
+        queue_pair = index // 2
+        async with self._attaching[queue_pair]:
+            if not self._engine.socket_attached(queue_pair):
+                await self._prove_free(queue_pair)
+            try:
+                base = await self._engine.stop_vring(index)
+            except HostError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                # The kernel has buffers of it; only closing the socket brings them back.
+                await self._close_socket(queue_pair)
+                base = await self._engine.stop_vring(index)
+            # Not before: a virtqueue that could not be stopped is still to be stopped.
+            self._forget_running(index)
+        if index ^ 1 in self._running and not self._engine.socket_attached(queue_pair):
+            again = asyncio.create_task(self._attach_again(queue_pair))
             self._attaching_again.add(again)
             again.add_done_callback(self._attaching_again.discard)
         return base
@@ -282,7 +287,11 @@ class PortDevice:
         if not self._engine.socket_attached(0):
             self._notice("cannot announce the guest's address: no socket is attached yet")
             return
-        await self._engine.send_frame(0, rarp_frame(mac))
+        try:
+            await self._engine.send_frame(0, rarp_frame(mac))
+        except MpassthruError as error:
+            # The guest's own next frame tells the network where it is: no reason to end its session.
+            self._notice(f"cannot announce the guest's address: {error}")
 
     async def set_status(self, status: int) -> None:
         """Nothing to do: virtqueues tell what the driver is ready for."""
@@ -305,11 +314,14 @@ class PortDevice:
             HostError: EBUSY if the kernel does not let go of the hardware queue.
         """
         async with self._attaching[queue_pair]:
-            if self._engine.socket_attached(queue_pair):
-                await self._detach_socket(queue_pair)
-                if not self._zero_copy:
-                    self._sockets.released(queue_pair)
-            await self._prove_free(queue_pair)
+            await self._close_socket(queue_pair)
+
+    async def _close_socket(self, queue_pair: int) -> None:
+        if self._engine.socket_attached(queue_pair):
+            await self._detach_socket(queue_pair)
+            if not self._zero_copy:
+                self._sockets.released(queue_pair)
+        await self._prove_free(queue_pair)
 
     def looks_unshared(self) -> bool:
         """Whether the rings of all running virtqueues hold nothing but zeros, as they do in memory that is not shared.

@@ -20,11 +20,13 @@ class FakeEvent:
 
 @dataclass
 class FakeEngine:
-    """`attach_errors` and `start_errors` are those of the next operations, one each; `held` operations do not end."""
+    """`attach_errors` and the like are those of the next operations, one each; `held` operations do not end."""
 
     calls: list[str] = field(default_factory=list)
     attach_errors: list[Exception] = field(default_factory=list)
     start_errors: list[Exception] = field(default_factory=list)
+    stop_errors: list[Exception] = field(default_factory=list)
+    send_errors: list[Exception] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
     attached: set[int] = field(default_factory=set)
     resumed: dict[int, int] = field(default_factory=dict)
@@ -65,7 +67,9 @@ class FakeEngine:
 
     def stop_vring(self, index: int) -> int:
         busy = self.kernel_has_buffers and index // 2 in self.attached
-        error = HostError(errno.EBUSY, "the kernel has buffers of it") if busy else None
+        error: Exception | None = HostError(errno.EBUSY, "the kernel has buffers of it") if busy else None
+        if self.stop_errors:
+            error = self.stop_errors.pop(0)
         return self._operation(f"stop {index}", value=42, error=error)
 
     def set_vring_enabled(self, index: int, enabled: bool) -> int:
@@ -93,7 +97,8 @@ class FakeEngine:
         return self._operation(f"vring-log {index} {log_buffers} {log_used_address}")
 
     def send_frame(self, queue_pair: int, frame: bytes) -> int:
-        return self._operation(f"send {queue_pair} {frame.hex()}")
+        error = self.send_errors.pop(0) if self.send_errors else None
+        return self._operation(f"send {queue_pair} {frame.hex()}", error=error)
 
     def counters(self) -> dict[str, object]:
         direction = {"frames": 1, "bytes": 60, "direct": 1, "bounced": {}, "dropped": {"runt": 2}, "copied_bytes": 0}

@@ -203,6 +203,16 @@ async def test_device_says_when_its_last_virtqueue_has_stopped(bench: Bench) -> 
     assert bench.notices == ["running", "idle"]
 
 
+async def test_virtqueue_that_could_not_be_stopped_is_still_to_be_stopped(bench: Bench) -> None:
+    await bench.device.start_vring(1, VRING)
+    bench.engine.stop_errors = [HostError(5, "the kernel does not let go")]
+    with pytest.raises(HostError, match="does not let go"):
+        await bench.device.stop_vring(1)
+
+    assert await bench.device.stop_vring(1) == 42
+    assert bench.notices == ["running", "idle"]
+
+
 async def test_stop_of_a_queue_with_buffers_in_the_kernel_closes_the_socket_first(bench: Bench) -> None:
     await bench.device.start_vring(0, VRING)
     bench.engine.kernel_has_buffers = True
@@ -353,6 +363,15 @@ async def test_rarp_goes_out_of_the_first_queue(bench: Bench) -> None:
     await bench.device.send_rarp(MAC)
 
     assert bench.engine.calls[-1] == f"send 0 {rarp_frame(MAC).hex()}"
+
+
+async def test_rarp_that_cannot_be_sent_is_said_and_ends_nothing(bench: Bench) -> None:
+    await bench.device.start_vring(1, VRING)
+    bench.engine.send_errors = [RefusedError("cannot send: the tx ring is full")]
+
+    await bench.device.send_rarp(bytes(6))
+
+    assert bench.notices[-1] == "cannot announce the guest's address: cannot send: the tx ring is full"
 
 
 async def test_rarp_without_a_socket_is_said_not_lost_silently(bench: Bench) -> None:

@@ -94,6 +94,15 @@ async def test_queue_that_does_not_come_free_fails_the_stop_and_keeps_memory_map
     assert bench.engine.calls[2:] == ["free 0", "map 0"]
 
 
+async def test_stop_waits_for_the_queue_of_a_socket_that_somebody_else_closed(bench: Bench) -> None:
+    bench.sockets.still_held = [HostError(errno.EBUSY, "still held")]
+    with pytest.raises(HostError, match="still held"):
+        await bench.device.give_up_socket(0)
+
+    assert await bench.device.stop_vring(0) == 42
+    assert bench.engine.calls == ["detach 0", "free 0", "stop 0"]
+
+
 async def test_reset_waits_for_the_queue(bench: Bench) -> None:
     await bench.device.reset()
     assert bench.engine.calls == ["detach 0", "free 0"]

@@ -125,11 +125,11 @@ impl Rx {
             debug_assert!(false, "the kernel answers only fill entries that it was given");
             return;
         };
-        if self.vring.queue.is_logged() {
-            self.log_posted(desc.fill, posted.header);
-        }
         if !self.vring.enabled {
             counts.dropped(DropReason::Disabled);
+            if self.vring.queue.is_logged() {
+                self.log_posted(desc.fill, posted.header);
+            }
             self.posted.insert(desc.fill, posted);
             fill(xsk, desc.fill);
             return;
@@ -146,6 +146,9 @@ impl Rx {
         }
         let header_len = self.vring.header_len;
         memory.write(posted.header, &HEADER[..header_len as usize]);
+        if self.vring.queue.is_logged() {
+            self.log_posted(desc.fill, posted.header);
+        }
         self.vring.queue.push_used(posted.taken.head, header_len + desc.len);
     }
 

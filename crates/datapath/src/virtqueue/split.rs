@@ -136,7 +136,7 @@ impl SplitQueue {
         if heads.is_empty() {
             record.begin(self.used_idx);
         } else {
-            self.position = RING_POSITIONS + u64::from(self.used_idx.wrapping_add(in_flight as u16));
+            self.position = ring_position(self.used_idx.wrapping_add(in_flight as u16));
         }
         if self.next_avail() != self.used_idx.wrapping_add(in_flight as u16) {
             // The front-end says that heads are gone which were never ours. A record could not tell where it is.
@@ -413,7 +413,12 @@ impl SplitQueue {
 pub(crate) fn start_position(base: u16, used_idx: u16, avail_idx: u16, size: u16) -> u64 {
     let outstanding = avail_idx.wrapping_sub(used_idx);
     let is_impossible = outstanding <= size && base.wrapping_sub(used_idx) > outstanding;
-    RING_POSITIONS + u64::from(if is_impossible { used_idx } else { base })
+    ring_position(if is_impossible { used_idx } else { base })
+}
+
+/// The position of an avail index, with room below it for all that may be rewound: an index that has just wrapped too.
+fn ring_position(idx: u16) -> u64 {
+    RING_POSITIONS + (1 << 16) + u64::from(idx)
 }
 
 /// Whether an index moving from `old` to `new` has passed `event` (vring_need_event, VIRTIO 1.3 §2.7.10).

@@ -227,6 +227,31 @@ fn test_heads_that_were_taken_in_the_order_of_the_ring_stay_in_it() {
 }
 
 #[test]
+fn test_heads_stay_in_the_ring_though_its_index_has_just_wrapped() {
+    let mut machine = Machine::new();
+    let (mut queue, _) = machine.start(0);
+    while machine.driver.ring().used_idx() < 65530 {
+        machine.post(6);
+        for taken in take(&mut queue, 6) {
+            queue.push_used(taken.head, 8);
+        }
+        queue.publish_used();
+        machine.release_used();
+    }
+    machine.post(6);
+    let first = take(&mut queue, 6);
+    drop(queue);
+
+    let (mut queue, resumed) = machine.start_again();
+    assert_eq!((resumed, queue.next_avail()), (6, 65532));
+    let again = take(&mut queue, 6);
+    assert_eq!((heads(&again), queue.next_avail()), (heads(&first), 2));
+    again.into_iter().rev().for_each(|taken| queue.untake(taken));
+    assert_eq!(queue.next_avail(), 65532);
+    assert_eq!(heads(&take(&mut queue, 6)), heads(&first));
+}
+
+#[test]
 fn test_heads_before_a_used_one_are_taken_again_and_given_back_empty_at_a_stop() {
     let mut machine = Machine::new();
     machine.post(6);
