@@ -103,6 +103,15 @@ impl Engine {
         self.submit(pair, Command::Attach { socket, memory, umem_of, params })
     }
 
+    /// Gives a queue pair a packet socket, bound to its interface already, for frames of up to `frame_max` bytes.
+    ///
+    /// # Errors
+    /// No such queue pair, or `socket` cannot be duplicated. The rest comes with the event.
+    pub fn attach_packet_socket(&self, pair: usize, socket: RawFd, frame_max: u32) -> Result<u64, Error> {
+        let socket = duplicate(socket)?;
+        self.submit(pair, Command::AttachPacket { socket, frame_max })
+    }
+
     /// Closes a queue pair's socket, once its frames have left or a time limit is over. Its buffers go back to the guest
     /// when their virtqueue stops or the next socket is attached.
     ///
@@ -117,7 +126,8 @@ impl Engine {
     /// # Errors
     /// No such queue pair.
     pub fn socket_attached(&self, pair: usize) -> Result<bool, Error> {
-        Ok(attached(&self.pump(pair)?.view).is_some())
+        let view = &self.pump(pair)?.view;
+        Ok(attached(view).is_some() || view.packet.lock().unwrap_or_else(PoisonError::into_inner).is_some())
     }
 
     /// Replaces the log of written pages; `None` ends it. Virtqueues that run keep what they have until

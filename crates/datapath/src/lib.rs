@@ -19,6 +19,7 @@ pub mod fuzzing {
     pub use crate::pump::fuzz::{racing_ring_case, ring_case};
 }
 pub mod guest_memory;
+mod packet;
 pub mod pump;
 pub mod stats;
 pub mod virtqueue;

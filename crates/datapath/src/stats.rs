@@ -37,6 +37,8 @@ reasons! {
         TooManyPieces => "too_many_pieces",
         /// tx: another frame in flight has an address that its completion could be mistaken for.
         AddressAlias => "address_alias",
+        /// The port's mode has no AF_XDP (rx: copied out of the packet socket's ring; tx: by the kernel).
+        PacketMode => "packet_mode",
     }
 }
 

@@ -161,7 +161,9 @@ impl ZeroCopyRules {
 #[pyclass(frozen, module = "mpassthru._core")]
 struct SocketConfig {
     socket_fd: RawFd,
-    params: SocketParams,
+    /// How to bind an AF_XDP socket; `None` for a packet socket, which is bound already.
+    params: Option<SocketParams>,
+    frame_max: u32,
 }
 
 #[pymethods]
@@ -177,16 +179,18 @@ impl SocketConfig {
         zero_copy_rules: Option<&ZeroCopyRules>,
     ) -> PyResult<Self> {
         let mode = match mode {
+            "packet" => return Ok(Self { socket_fd, params: None, frame_max: frame_max_bytes }),
             "copy" => BindMode::Copy,
             "zero-copy" if zero_copy_rules.is_some() => BindMode::ZeroCopy,
             "zero-copy" => return Err(PyValueError::new_err("zero-copy needs zero_copy_rules")),
-            _ => return Err(PyValueError::new_err(format!("mode is copy or zero-copy, not {mode:?}"))),
+            _ => return Err(PyValueError::new_err(format!("mode is packet, copy or zero-copy, not {mode:?}"))),
         };
         let layout = UmemLayout::for_frames(frame_max_bytes).ok_or_else(|| {
             PyValueError::new_err(format!("frames of {frame_max_bytes} bytes do not fit a chunk of 4096 bytes"))
         })?;
         let zero_copy_rules = zero_copy_rules.map(|rules| rules.0);
-        Ok(Self { socket_fd, params: SocketParams { ifindex, queue_id, mode, layout, zero_copy_rules } })
+        let params = Some(SocketParams { ifindex, queue_id, mode, layout, zero_copy_rules });
+        Ok(Self { socket_fd, params, frame_max: frame_max_bytes })
     }
 }
 
@@ -266,7 +270,11 @@ impl Engine {
     }
 
     fn attach_socket(&self, queue_pair: usize, config: &SocketConfig) -> PyResult<u64> {
-        self.0.attach_socket(queue_pair, config.socket_fd, config.params).map_err(datapath_error)
+        match config.params {
+            Some(params) => self.0.attach_socket(queue_pair, config.socket_fd, params),
+            None => self.0.attach_packet_socket(queue_pair, config.socket_fd, config.frame_max),
+        }
+        .map_err(datapath_error)
     }
 
     fn detach_socket(&self, queue_pair: usize) -> PyResult<u64> {

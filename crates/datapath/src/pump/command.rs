@@ -26,6 +26,13 @@ pub enum Command {
         /// What to bind to.
         params: SocketParams,
     },
+    /// Use a packet socket that is bound already; value 0.
+    AttachPacket {
+        /// The socket.
+        socket: OwnedFd,
+        /// Longest frame, in bytes.
+        frame_max: u32,
+    },
     /// Let frames leave and close the socket. Its buffers stay ours until a virtqueue stops or a socket is attached:
     /// in zero-copy mode the NIC may still write to them, until its queue is seen free.
     Detach,

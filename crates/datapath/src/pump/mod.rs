@@ -8,6 +8,7 @@
 
 mod command;
 mod inflight;
+mod packet;
 mod run;
 mod rx;
 mod slab;

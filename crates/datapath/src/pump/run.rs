@@ -4,13 +4,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::command::{Command, CommandQueue, Completion, Event, EventQueue};
+use super::packet::PacketPump;
 use super::rx::Rx;
 use super::slab::Slab;
-use super::tx::{Tx, TxInFlight};
+use super::tx::{Tx, TxInFlight, is_passing};
 use super::vring::{Vring, VringConfig};
 use super::wait::{PollMode, Spin, sleep};
 use crate::error::{Error, HostError, QueueFault};
 use crate::guest_memory::GuestMemory;
+use crate::packet::{PacketSocket, take_drops};
 use crate::stats::{Counts, DropReason, Published};
 use crate::xsk::{BindMode, FRAME_BYTES_MAX, SharedFd, SocketParams, XskSocket, statistics};
 
@@ -30,8 +32,10 @@ const KICKS_TO_SUSPECT: u32 = 2;
 pub(crate) struct PumpView {
     pub rx: Published,
     pub tx: Published,
-    /// The attached socket, if any.
+    /// The attached AF_XDP socket, if any.
     pub socket: Mutex<Option<SharedFd>>,
+    /// The attached packet socket, if any.
+    pub packet: Mutex<Option<SharedFd>>,
     /// Kernel drops of sockets that are closed by now.
     pub past_kernel_drops: Mutex<Counts>,
 }
@@ -39,7 +43,13 @@ pub(crate) struct PumpView {
 impl PumpView {
     /// Frames towards the guest that the kernel dropped, in this socket's life and in earlier ones.
     pub fn kernel_drops(&self) -> Counts {
-        let mut drops = *self.past_kernel_drops.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut drops = {
+            let mut past = self.past_kernel_drops.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(fd) = self.packet.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+                past.dropped[DropReason::RingFull as usize] += take_drops(fd);
+            }
+            *past
+        };
         if let Some(fd) = self.socket.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
             drops.add(&kernel_drops(fd));
         }
@@ -64,6 +74,8 @@ pub(crate) struct Pump {
     view: Arc<PumpView>,
     spin: Spin,
     xsk: Option<XskSocket>,
+    /// The other way to the interface; never both.
+    packet: Option<PacketPump>,
     /// The UMEM of `xsk`.
     memory: Option<Arc<GuestMemory>>,
     rx: Option<Rx>,
@@ -94,6 +106,7 @@ impl Pump {
             view,
             spin: Spin::new(poll),
             xsk: None,
+            packet: None,
             memory: None,
             rx: None,
             tx: None,
@@ -133,7 +146,7 @@ impl Pump {
     /// One burst each way. Returns how much was moved.
     #[inline]
     fn work(&mut self) -> u32 {
-        let Some(xsk) = &mut self.xsk else { return 0 };
+        let Some(xsk) = &mut self.xsk else { return self.work_packets() };
         let mut moved = 0;
         if let Some(rx) = self.rx.as_mut().filter(|rx| rx.vring.runs()) {
             match rx.burst(xsk, &mut self.rx_slab, &mut self.rx_counts) {
@@ -154,9 +167,36 @@ impl Pump {
         moved
     }
 
+    /// [`work`](Self::work) over a packet socket.
+    fn work_packets(&mut self) -> u32 {
+        let Some(packet) = &mut self.packet else { return 0 };
+        let mut moved = 0;
+        let mut faults = [None; 2];
+        if let Some(rx) = self.rx.as_mut().filter(|rx| rx.vring.runs()) {
+            match packet.receive(&mut rx.vring, &mut self.rx_counts) {
+                Ok(count) => moved += count,
+                Err(fault) => faults[0] = Some(fault),
+            }
+        }
+        if let Some(tx) = self.tx.as_mut().filter(|tx| tx.vring.runs()) {
+            match packet.transmit(&mut tx.vring, &mut self.tx_counts) {
+                Ok(count) => moved += count,
+                Err(fault) => faults[1] = Some(fault),
+            }
+            tx.wakeup_errno = packet.send_errno.filter(|errno| !is_passing(*errno));
+        }
+        for (index, fault) in faults.into_iter().enumerate() {
+            if let Some(fault) = fault {
+                self.fault(index, fault);
+            }
+        }
+        self.report_refusal();
+        moved
+    }
+
     /// Nothing can come but commands: even a busy pump may sleep.
     fn has_no_queue(&self) -> bool {
-        self.xsk.is_none() || (self.rx.is_none() && self.tx.is_none())
+        (self.xsk.is_none() && self.packet.is_none()) || (self.rx.is_none() && self.tx.is_none())
     }
 
     /// The socket, if what it receives can be delivered: a faulted queue leaves frames where they are.
@@ -164,11 +204,18 @@ impl Pump {
         self.xsk.as_ref().filter(|_| self.rx.as_ref().is_some_and(|rx| rx.vring.runs()))
     }
 
+    /// As [`receiving_socket`](Self::receiving_socket), the other way; frames that wait for buffers wake nobody.
+    fn receiving_packets(&self) -> Option<&PacketPump> {
+        let runs = self.rx.as_ref().is_some_and(|rx| rx.vring.runs());
+        self.packet.as_ref().filter(|packet| runs && !packet.starved)
+    }
+
     /// Sleeps until there may be work: with kicks on, and after one more look.
     fn wait(&mut self) {
         let ready = self.arm(true);
         if !ready {
-            let xsk_fd = self.receiving_socket().map_or(-1, XskSocket::raw_fd);
+            let packet_fd = self.receiving_packets().map_or(-1, |packet| packet.socket.raw_fd());
+            let xsk_fd = self.receiving_socket().map_or(packet_fd, XskSocket::raw_fd);
             let kick = |vring: Option<&Vring>| vring.map_or(-1, |v| v.kick.raw());
             let rx_kick = kick(self.rx.as_ref().map(|rx| &rx.vring));
             let tx_kick = kick(self.tx.as_ref().map(|tx| &tx.vring));
@@ -184,9 +231,11 @@ impl Pump {
 
     /// How long to sleep at most: completions and recovered interfaces do not wake us.
     fn timeout(&self) -> Option<Duration> {
-        self.xsk.as_ref()?;
+        let unsent = self.packet.as_ref().is_some_and(|packet| packet.send_errno.is_some());
         match &self.tx {
             Some(tx) if tx.wakeup_errno.is_some() => Some(REFUSED_PERIOD),
+            Some(_) if unsent => Some(COMPLETION_PERIOD),
+            _ if self.xsk.is_none() => None,
             _ if !self.flight.is_empty() => Some(COMPLETION_PERIOD),
             _ => None,
         }
@@ -195,6 +244,7 @@ impl Pump {
     /// Switches kicks on or off; whether there is work already.
     fn arm(&mut self, on: bool) -> bool {
         let mut ready = self.receiving_socket().is_some_and(|xsk| on && xsk.rx_peek() > 0);
+        ready |= on && self.receiving_packets().is_some_and(|packet| packet.socket.has_frame());
         let vrings = [self.rx.as_mut().map(|rx| &mut rx.vring), self.tx.as_mut().map(|tx| &mut tx.vring)];
         let mut faults = [None; 2];
         for (vring, fault) in vrings.into_iter().zip(&mut faults) {
@@ -266,6 +316,7 @@ impl Pump {
     fn execute(&mut self, command: Command) -> Result<u64, Error> {
         match command {
             Command::Attach { socket, memory, umem_of, params } => self.attach(socket, memory, umem_of, &params),
+            Command::AttachPacket { socket, frame_max } => self.attach_packets(socket, frame_max),
             // Virtqueues that were not stopped before the end are left as a crash would leave them.
             Command::Detach | Command::Quit => Ok(self.detach()),
             Command::Start { tx, memory, config } => self.start(tx, memory, *config),
@@ -291,10 +342,7 @@ impl Pump {
         umem_of: Option<SharedFd>,
         params: &SocketParams,
     ) -> Result<u64, Error> {
-        if self.xsk.is_some() {
-            return Err(Error::Refused(format!("queue pair {} has a socket already; detach it first", self.pair)));
-        }
-        self.reclaim();
+        self.make_way()?;
         let xsk = XskSocket::bind(socket, &memory, umem_of.as_ref(), params)?;
         let mode = xsk.mode();
         self.flight.start(mode);
@@ -302,6 +350,23 @@ impl Pump {
         self.xsk = Some(xsk);
         self.memory = Some(memory);
         Ok(u64::from(mode == BindMode::ZeroCopy))
+    }
+
+    fn attach_packets(&mut self, socket: std::os::fd::OwnedFd, frame_max: u32) -> Result<u64, Error> {
+        self.make_way()?;
+        let socket = PacketSocket::open(socket, frame_max)?;
+        *self.view.packet.lock().unwrap_or_else(PoisonError::into_inner) = Some(socket.shared_fd());
+        self.packet = Some(PacketPump::new(socket, frame_max));
+        Ok(0)
+    }
+
+    /// Refuses a second socket, and ends what the last one left.
+    fn make_way(&mut self) -> Result<(), Error> {
+        if self.xsk.is_some() || self.packet.is_some() {
+            return Err(Error::Refused(format!("queue pair {} has a socket already; detach it first", self.pair)));
+        }
+        self.reclaim();
+        Ok(())
     }
 
     /// Lets frames leave, then closes the socket. What it had stays taken until [`reclaim`](Self::reclaim).
@@ -315,6 +380,12 @@ impl Pump {
             }
             // Unmaps the rings, then closes: after that the kernel writes no guest memory in copy mode.
             drop(xsk);
+        }
+        if let Some(packet) = self.packet.take() {
+            // Takes the last drops in, while the socket can still tell.
+            self.view.kernel_drops();
+            self.view.packet.lock().unwrap_or_else(PoisonError::into_inner).take();
+            drop(packet);
         }
         self.memory = None;
         0
@@ -429,6 +500,10 @@ impl Pump {
 
     fn inject(&mut self, frame: &[u8]) -> Result<u64, Error> {
         let fits = (14..=FRAME_BYTES_MAX as usize).contains(&frame.len());
+        if let Some(packet) = self.packet.as_mut().filter(|_| fits) {
+            let refused = |errno| HostError::new(errno, "cannot send a frame", "bring the interface up");
+            return packet.inject(frame).map(|()| 0).map_err(|errno| refused(errno).into());
+        }
         let (Some(xsk), Some(memory), true) = (&mut self.xsk, &self.memory, fits) else {
             return Err(Error::Refused(format!("cannot send a frame of {} bytes: no socket or no frame", frame.len())));
         };

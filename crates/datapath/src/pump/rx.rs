@@ -30,7 +30,7 @@ const WAITING_SEGMENTS_MAX: usize = 4 * RX_RING_DESCS as usize;
 /// virtio_net_hdr_v1_hash with num_buffers = 1. No checksum or segmentation was negotiated and no hash is reported
 /// (VIRTIO_NET_HASH_REPORT_NONE), so all else is 0.
 const HEADER: [u8; HEADER_BYTES_MAX] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
+pub(super) const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 
 /// A guest buffer in the fill ring.
 #[derive(Debug, Clone, Copy, Default)]

@@ -269,13 +269,13 @@ impl Tx {
 
 /// Answers of sendto that need no attention: work is left over (budget or send buffer), a frame was dropped by the
 /// device's queue and completed, or memory is short for a moment.
-fn is_passing(errno: i32) -> bool {
+pub(super) fn is_passing(errno: i32) -> bool {
     matches!(errno, libc::EAGAIN | libc::EBUSY | libc::ENOBUFS | libc::EINTR)
 }
 
 /// Cuts the virtio-net header off; returns the pieces that hold the frame.
 #[inline]
-fn strip_header(chain: &mut [Segment], header_len: u32) -> &[Segment] {
+pub(super) fn strip_header(chain: &mut [Segment], header_len: u32) -> &[Segment] {
     let mut left = header_len;
     let mut first = 0;
     for piece in chain.iter_mut() {
