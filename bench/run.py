@@ -24,7 +24,7 @@ from mpassthru.errors import MpassthruError
 from mpassthru.testing.netns import Namespace, veth_namespace
 
 Start = Callable[[Namespace, Path], AbstractAsyncContextManager[Backend]]
-NEEDED: Final = (LIMIT, "mpassthru copy")
+NEEDED: Final = (LIMIT, "mpassthru copy", "mpassthru packet")
 """Without these a run has failed; any other back-end may be missing."""
 
 
@@ -61,6 +61,11 @@ def contenders(placement: Placement, limit_program: Path) -> list[_Contender]:
             "mpassthru copy",
             "mpassthru attach --mode copy",
             lambda namespace, folder: port(namespace, folder, placement, mode="copy"),
+        ),
+        _Contender(
+            "mpassthru packet",
+            "mpassthru attach --mode packet: the raw-socket path, AF_PACKET both ways",
+            lambda namespace, folder: port(namespace, folder, placement, mode="packet"),
         ),
         _Contender(
             "dpdk",

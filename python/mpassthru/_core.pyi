@@ -83,7 +83,7 @@ class ZeroCopyRules:
 
 @final
 class SocketConfig:
-    """How a queue pair's AF_XDP socket is bound.
+    """How a queue pair's AF_XDP socket is bound; in mode `packet`, a packet socket that is bound already.
 
     `frame_max_bytes` is the room that each of the UMEM's frames has: what the kernel (copy mode) writes at most, or
     what the NIC is told that there is (zero-copy mode, which needs `zero_copy_rules`).
@@ -95,7 +95,7 @@ class SocketConfig:
         socket_fd: int,
         ifindex: int,
         queue_id: int,
-        mode: Literal["copy", "zero-copy"],
+        mode: Literal["packet", "copy", "zero-copy"],
         frame_max_bytes: int,
         zero_copy_rules: ZeroCopyRules | None = None,
     ) -> SocketConfig: ...

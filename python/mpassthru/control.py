@@ -25,8 +25,8 @@ from mpassthru.rules import ZeroCopyRules
 MESSAGE_MAX_BYTES = 65536
 MESSAGE_MAX_FDS = 4
 
-Mode = Literal["auto", "zero-copy", "copy"]
-SocketMode = Literal["zero-copy", "copy"]
+Mode = Literal["auto", "zero-copy", "copy", "packet"]
+SocketMode = Literal["zero-copy", "copy", "packet"]
 PollMode = Literal["busy", "adaptive", "interrupt"]
 GuestState = Literal["waiting", "connected", "running"]
 """`waiting` for a front-end; `connected` to one; `running`: at least one virtqueue runs."""
@@ -72,7 +72,7 @@ class FrontendConnected(_Message, frozen=True):
 
 
 class SocketGranted(_Message, frozen=True):
-    """Answers `SocketWanted`; carries one fd: a new AF_XDP socket, neither configured nor bound."""
+    """Answers `SocketWanted`; carries one fd: a new AF_XDP socket, not yet bound, or a packet socket, which is."""
 
     queue_pair: int
 

@@ -23,11 +23,15 @@ LOADS = (
 async def test_every_frame_of_a_run_is_accounted_for() -> None:
     plan = msgspec.structs.replace(quick_plan(), name="test", rounds=1, seconds=0.05, warm_up_s=0.02, loads=LOADS)
     results = await run(
-        plan, limit_program=build_limit(), command="pytest", say=lambda _: None, only=("limit", "mpassthru copy")
+        plan,
+        limit_program=build_limit(),
+        command="pytest",
+        say=lambda _: None,
+        only=("limit", "mpassthru copy", "mpassthru packet"),
     )
     assert results.ok
-    assert [peer.missing for peer in results.peers] == [None, None]
-    assert len(results.rows) == len(LOADS) * 2
+    assert [peer.missing for peer in results.peers] == [None, None, None]
+    assert len(results.rows) == len(LOADS) * 3
     for sample in results.samples:
         assert sample.frames > 0
         assert sample.offered - sample.delivered == sum(sample.lost.values()), sample

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -20,10 +20,12 @@ from mpassthru import _core
 from mpassthru.broker.address_filter import receive_for_guest
 from mpassthru.broker.endpoint import ConnectingEndpoint, Endpoint, InheritedEndpoint, ListeningEndpoint, SocketAccess
 from mpassthru.broker.hints import FrontendWatch, steering_notice
-from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed, outgrown
-from mpassthru.broker.port import Port
+from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed, outgrown, refuse_packet_options
+from mpassthru.broker.packet import NoSteering, create_packet_socket
+from mpassthru.broker.port import Port, Steering
 from mpassthru.broker.status import AttachReport
 from mpassthru.broker.worker_user import worker_ids
+from mpassthru.broker.xsk import create_socket
 from mpassthru.control import Configure, Mode, PollMode
 from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.netdev import (
@@ -41,6 +43,8 @@ from mpassthru.stop_signals import on_stop_signal
 
 XdpChoice = Literal["auto", "native", "generic"]
 XdpMode = Literal["native", "generic"]
+PortXdpMode = XdpMode | Literal["no"]
+"""`no` in mode `packet`."""
 
 WATCH_INTERVAL_S: Final = 1.0
 RELEASE_TIMEOUT_S: Final = 1.5
@@ -100,8 +104,8 @@ class Attached:
     """An interface that is ready for a port."""
 
     interface: Interface
-    xdp_mode: XdpMode
-    steering: _core.SteeringProgram
+    xdp_mode: PortXdpMode
+    steering: Steering
     endpoint: Endpoint
     configuration: Configure
     zero_copy: ZeroCopyOptions = field(default_factory=ZeroCopyOptions)
@@ -134,6 +138,7 @@ async def attach(options: AttachOptions, view: View, recipe: Callable[[int], str
                 say=view.say,
                 once=options.once,
                 stopping=stopping,
+                new_socket=create_packet_socket if options.mode == "packet" else create_socket,
             )
             view.say(recipe(ready.interface.mtu_bytes))
             await _run(port, ready, view, options.interval_s)
@@ -177,32 +182,28 @@ def _report(port: Port, ready: Attached, *, ended: bool = False) -> AttachReport
 async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached]:
     """Check everything, then take the socket path, the XDP hook and the queues; give them back at the end."""
     refuse_without_privilege()
+    if options.mode == "packet":
+        refuse_packet_options(options.queues, options.steer.kind, options.xdp)
     queue_ids = tuple(range(options.queue, options.queue + options.queues))
     interface = await _fit_interface(options.interface, queue_ids)
     rules = choose_rules(options.mode, interface, options.zero_copy, view, steer=options.steer.kind, xdp=options.xdp)
     uid, gid = worker_ids(options.user)
-    cost = cost_line(options.guest_bytes, options.queues, zero_copy=rules is not None)
-    notices = [steering_notice(interface.name, options.steer)] if options.steer.kind == "mac" else []
-    if (spread := other_queues_warning(interface, queue_ids)) is not None:
-        notices.append(spread)
-    for line in (cost, *warnings_for(interface), *notices):
+    for line in _notices(options, interface, queue_ids, zero_copy=rules is not None):
         view.say(line)
     with contextlib.ExitStack() as undo:
         endpoint = open_endpoint(options, view)
         undo.callback(endpoint.close)
-        steering, xdp_mode = attach_program(interface, options.xdp, view)
-        undo.callback(steering.close)
-        for queue_id in queue_ids:
-            steering.steer_queue(
-                queue_id,
-                steer=options.steer.kind,
-                mac=options.steer.mac,
-                broadcast=options.steer.broadcast,
-                multicast=options.steer.multicast,
-            )
+        steering: Steering = NoSteering()
+        xdp_mode: PortXdpMode = "no"
+        if options.mode != "packet":
+            program, xdp_mode = attach_program(interface, options.xdp, view)
+            undo.callback(program.close)
+            _steer_queues(program, queue_ids, options.steer)
+            steering = program
         undo.enter_context(receive_for_guest(interface.name, interface.ifindex, options.steer.mac))
-        # Only now: Intel's drivers take a zero-copy socket once an XDP program is there.
-        rules = await confirmed(rules, options.mode, interface, queue_ids, view, xdp_mode=xdp_mode)
+        if xdp_mode != "no":
+            # Only now: Intel's drivers take a zero-copy socket once an XDP program is there.
+            rules = await confirmed(rules, options.mode, interface, queue_ids, view, xdp_mode=xdp_mode)
         yield Attached(
             interface,
             xdp_mode,
@@ -214,13 +215,35 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
                 queue_ids=queue_ids,
                 mtu_bytes=interface.mtu_bytes,
                 frame_max_bytes=frame_max_bytes(interface),
-                socket_mode="copy" if rules is None else "zero-copy",
+                socket_mode="packet" if xdp_mode == "no" else "copy" if rules is None else "zero-copy",
                 zero_copy_rules=rules,
                 poll=options.poll,
                 uid=uid,
                 gid=gid,
             ),
             options.zero_copy,
+        )
+
+
+def _notices(
+    options: AttachOptions, interface: Interface, queue_ids: tuple[int, ...], *, zero_copy: bool
+) -> Iterator[str]:
+    """What the user should know of before a guest comes."""
+    if options.mode == "packet":
+        yield from warnings_for(interface)
+        return
+    yield cost_line(options.guest_bytes, options.queues, zero_copy=zero_copy)
+    yield from warnings_for(interface)
+    if options.steer.kind == "mac":
+        yield steering_notice(interface.name, options.steer)
+    if (spread := other_queues_warning(interface, queue_ids)) is not None:
+        yield spread
+
+
+def _steer_queues(program: _core.SteeringProgram, queue_ids: tuple[int, ...], steer: Steer) -> None:
+    for queue_id in queue_ids:
+        program.steer_queue(
+            queue_id, steer=steer.kind, mac=steer.mac, broadcast=steer.broadcast, multicast=steer.multicast
         )
 
 

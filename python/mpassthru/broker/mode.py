@@ -51,9 +51,11 @@ def choose_rules(
     """
     if mode != "zero-copy" and options.bounce_only:
         raise RefusedError("--bounce-only copies every frame in zero-copy mode: give --mode zero-copy too, or neither")
-    if mode == "copy" and options.frame_max_bytes is not None:
-        raise RefusedError("--max-frame is about zero-copy mode: copy mode never writes past a buffer; leave it away")
-    if mode == "copy":
+    if mode in ("copy", "packet") and options.frame_max_bytes is not None:
+        raise RefusedError(f"--max-frame is about zero-copy mode: {mode} mode writes past no buffer; leave it away")
+    if mode == "packet":
+        view.say("mode: packet (AF_PACKET: two copies to the guest, one from it); the host receives each frame too")
+    if mode in ("copy", "packet"):
         return None
     decision = _in_the_way(interface, steer, xdp) or zero_copy_rules(
         interface, frame_max_bytes=options.frame_max_bytes, bounce_only=options.bounce_only
@@ -67,6 +69,20 @@ def choose_rules(
         raise RefusedError(f"cannot use zero-copy mode on {interface.name}: {decision}; or use --mode copy")
     view.say(f"mode: copy (the kernel copies each frame once, into the guest's own buffer); no zero-copy: {decision}")
     return None
+
+
+def refuse_packet_options(
+    queues: int, steer: Literal["passthru", "mac"], xdp: Literal["auto", "native", "generic"]
+) -> None:
+    """Refuse what mode `packet` cannot do.
+
+    Raises:
+        RefusedError: an option that needs the XDP program, or more than one queue pair.
+    """
+    if queues != 1:
+        raise RefusedError(f"mode packet has one queue pair, not {queues}: leave --queues away, or use --mode copy")
+    if steer != "passthru" or xdp != "auto":
+        raise RefusedError("mode packet has no XDP program: leave --steer and --xdp away, or use --mode copy")
 
 
 def describe(rules: ZeroCopyRules, options: ZeroCopyOptions | None = None) -> str:

@@ -18,7 +18,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -33,9 +33,6 @@ from mpassthru.inflight_records import make_records
 from mpassthru.log import LineLimiter
 from mpassthru.netdev.af_xdp import wait_queue_free
 from mpassthru.report import DirectionReport
-
-if TYPE_CHECKING:
-    from mpassthru._core import SteeringProgram
 
 RESTART_PAUSE_MIN_S = 0.1
 RESTART_PAUSE_MAX_S = 5.0
@@ -61,25 +58,38 @@ class WaitQueueFree(Protocol):
         """Return when no NIC can write to the last socket's buffers; HostError if that does not come to pass."""
 
 
+class Steering(Protocol):
+    """What a port needs of `_core.SteeringProgram`."""
+
+    def set_socket(self, queue_id: int, socket_fd: int) -> None:
+        """Send a queue's frames to a socket."""
+
+    def clear_socket(self, queue_id: int) -> None:
+        """Drop a queue's frames."""
+
+    def counters(self) -> dict[int, dict[str, int]]:
+        """Frames of each queue, by name."""
+
+
 class Port:
     """Runs a port until told to stop.
 
     Args:
         configuration: What each worker is told; `keep_ipc_lock` is decided per worker.
-        steering: The attached XDP program, with this port's queues claimed.
+        steering: The attached XDP program, with this port's queues claimed; in mode `packet` there is none.
         endpoint: Where front-ends come from.
         once: End after one front-end, or when the worker dies.
         stopping: Set to end the port; `stop` sets it.
         say: Called with one line for each thing the user should know.
         start_worker: Makes a worker process, which says its lines of stderr; tests pass their own.
-        new_socket: Makes an AF_XDP socket for an interface; tests pass their own.
+        new_socket: Makes a socket for an interface: AF_XDP, or in mode `packet` a bound packet socket.
         wait_free: Waits until the kernel has let go of a queue; tests pass their own.
     """
 
     def __init__(
         self,
         configuration: control.Configure,
-        steering: SteeringProgram,
+        steering: Steering,
         endpoint: Endpoint,
         *,
         say: Say,

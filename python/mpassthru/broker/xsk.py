@@ -38,8 +38,13 @@ def create_socket(ifindex: int) -> socket.socket:
 
 def _set_options(sock: socket.socket, ifindex: int) -> None:
     sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, ifindex)
+    raise_send_buffer(sock, SEND_BUFFER_BYTES)
+
+
+def raise_send_buffer(sock: socket.socket, size_bytes: int) -> None:
+    """Let a socket have so many bytes of frames on their way."""
     try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size_bytes)
     except PermissionError:
         # Without CAP_NET_ADMIN the limit of net.core.wmem_max holds: slower under load, not wrong.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size_bytes)

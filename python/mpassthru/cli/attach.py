@@ -43,7 +43,8 @@ def attach_command(
     queue: Annotated[int, typer.Option(metavar="N", min=0, help="First hardware receive queue to take.")] = 0,
     queues: Annotated[int, typer.Option(metavar="N", min=1, max=128, help="Queue pairs of the guest.")] = 1,
     mode: Annotated[
-        Literal["auto", "zero-copy", "copy"], typer.Option(help="How the kernel and the guest's memory meet.")
+        Literal["auto", "zero-copy", "copy", "packet"],
+        typer.Option(help="How the kernel and the guest's memory meet; packet: without XDP, slow, never by itself."),
     ] = "auto",
     max_frame: Annotated[
         int | None,

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Final
 
 from mpassthru import _core
-from mpassthru.control import Configure
+from mpassthru.control import Configure, SocketMode
 from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.inflight_records import InflightRecords
 from mpassthru.rules import LINUX_BUFFER_ROOM_BYTES, ZeroCopyRules
@@ -379,8 +379,7 @@ class PortDevice:
             # A new socket gives the buffers of the one before back to their virtqueues.
             await self._prove_free(queue_pair)
             try:
-                zero_copy = await self._bind_socket(queue_pair)
-                await self._sockets.bound(queue_pair, "zero-copy" if zero_copy else "copy")
+                await self._sockets.bound(queue_pair, await self._bind_socket(queue_pair))
             except BaseException:
                 if self._engine.socket_attached(queue_pair):
                     await self._detach_socket(queue_pair)
@@ -388,11 +387,14 @@ class PortDevice:
                 self._sockets.released(queue_pair)
                 raise
 
-    async def _bind_socket(self, queue_pair: int) -> bool:
-        """Bind a new socket; the engine tries for a while if the kernel is still taking an earlier one down."""
+    async def _bind_socket(self, queue_pair: int) -> SocketMode:
+        """Bind a new socket; its mode. The engine tries for a while if the kernel still takes an earlier one down."""
         fd = await self._sockets.want(queue_pair)
         try:
-            return bool(await self._engine.attach_socket(queue_pair, self._socket_config(queue_pair, fd)))
+            zero_copy = await self._engine.attach_socket(queue_pair, self._socket_config(queue_pair, fd))
+            if self._configuration.socket_mode == "packet":
+                return "packet"
+            return "zero-copy" if zero_copy else "copy"
         finally:
             os.close(fd)
 
