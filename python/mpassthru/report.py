@@ -17,7 +17,7 @@ class DirectionReport(msgspec.Struct, frozen=True, kw_only=True):
     direct: int = 0
     """Frames that the kernel or the NIC placed in, or took from, the guest's own buffers."""
     bounced: dict[str, int] = {}
-    """Frames copied once in user space, by reason."""
+    """Frames copied once in user space, by reason; in mode `packet` those of tx by the kernel."""
     dropped: dict[str, int] = {}
     """Frames lost, by reason; kernel drops of the AF_XDP socket are included."""
     copied_bytes: int = 0
@@ -28,6 +28,6 @@ class PortReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a port did, and in which mode."""
 
     mode: str
-    """`zero-copy`, `copy`, or `detached` while no guest is there."""
+    """`zero-copy`, `copy`, `packet`, or `detached` while no guest is there."""
     rx: DirectionReport = DirectionReport()
     tx: DirectionReport = DirectionReport()

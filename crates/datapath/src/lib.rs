@@ -1,6 +1,6 @@
 //! The data plane of one port: guest memory, virtqueues, AF_XDP sockets and the pump that joins them.
 //!
-//! Dependencies point one way: `engine → pump → {virtqueue, xsk} → guest_memory`. Nothing here knows of Python or of
+//! Dependencies point one way: `engine → pump → {virtqueue, xsk, packet} → guest_memory`. Nothing here knows of Python or of
 //! vhost-user.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
