@@ -25,6 +25,7 @@ fn test_names_are_in_step_with_the_variants() {
         ShortFrame: "short_frame",
         TooManyPieces: "too_many_pieces",
         AddressAlias: "address_alias",
+        PacketMode: "packet_mode",
     });
     assert_names!(DropReason {
         NoBuffer: "no_buffer",
