@@ -243,6 +243,7 @@ impl Place<'_> {
                     }
                     let bytes = source.len().min(room);
                     vring.queue.memory().write(at, &source[..bytes]);
+                    vring.queue.log_buffer(at, bytes as u64);
                     source = &source[bytes..];
                     at = at.plus(bytes as u64);
                     room -= bytes;
