@@ -73,7 +73,7 @@ async def test_disabled_rings_drain_and_carry_frames_again_once_enabled(veth: Na
 
 async def test_no_frame_is_lost_that_rings_of_the_default_size_have_room_for(veth: Namespace, tmp_path: Path) -> None:
     """OVS: "additional packet loss may be observed"."""
-    count, portion = 9600, 192
+    count, portion = 9600, 96
     async with guest_on(veth, tmp_path / "s") as (port, guest), PacketWire(veth.peer_ifindex) as wire:
         guest.start(rx="check")
         await wire.send_in_portions(
