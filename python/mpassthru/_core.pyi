@@ -142,6 +142,32 @@ class Engine:
             HostError: a region cannot be mapped; the old map is gone and no memory is mapped.
             RefusedError: the regions overlap, or make a UMEM that the kernel cannot take.
         """
+    def add_memory(self, regions: list[MemoryRegion]) -> list[int] | None:
+        """Add regions to the memory map while virtqueues run. Their frames are copied until sockets are newer.
+
+        Returns:
+            A token for each queue pair, which has the regions when that ends; value: 0. None, with nothing done, if
+            everything has to be mapped anew instead (`map_memory`).
+
+        Raises:
+            HostError: a region cannot be mapped; nothing has changed.
+            RefusedError: regions overlap, or no memory is mapped yet.
+        """
+    def prepare_socket(self, queue_pair: int, config: SocketConfig) -> int:
+        """Register all of guest memory on a socket that is to take the place of the pair's present one. Value: 0.
+
+        Takes long; the present one goes on meanwhile. One that was prepared before is closed.
+        """
+    def attach_prepared(self, queue_pair: int) -> int:
+        """Bind the socket that was prepared. Value: as `attach_socket`.
+
+        Raises:
+            RefusedError: none was prepared.
+        """
+    def discard_prepared(self, queue_pair: int) -> None:
+        """Close the socket that was prepared, if there is one."""
+    def socket_lacks_memory(self, queue_pair: int) -> bool:
+        """Whether memory was added after the UMEM of the queue pair's socket was registered."""
     def attach_socket(self, queue_pair: int, config: SocketConfig) -> int:
         """Register the UMEM on the socket, map its rings and bind it. Value: 1 for zero-copy, 0 for copy."""
     def detach_socket(self, queue_pair: int) -> int:

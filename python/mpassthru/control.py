@@ -97,6 +97,20 @@ class SocketRefused(_Message, frozen=True):
     error: str
 
 
+class MemoryGranted(_Message, frozen=True):
+    """Answers `MemoryWanted`: so much may be locked."""
+
+
+class MemoryRefused(_Message, frozen=True):
+    """Answers `MemoryWanted`: `error` says why not, `errno` is 0 if no system call failed.
+
+    What was granted before stays.
+    """
+
+    errno: int
+    error: str
+
+
 class ReportWanted(_Message, frozen=True):
     """Asks for a `WorkerReport`."""
 
@@ -106,7 +120,16 @@ class Stop(_Message, frozen=True):
 
 
 BrokerMessage = (
-    Configure | FrontendConnected | SocketGranted | SocketSteered | SocketFreed | SocketRefused | ReportWanted | Stop
+    Configure
+    | FrontendConnected
+    | SocketGranted
+    | SocketSteered
+    | SocketFreed
+    | SocketRefused
+    | MemoryGranted
+    | MemoryRefused
+    | ReportWanted
+    | Stop
 )
 
 
@@ -115,6 +138,12 @@ BrokerMessage = (
 
 class Ready(_Message, frozen=True):
     """Privileges are dropped; a front-end may come."""
+
+
+class MemoryWanted(_Message, frozen=True):
+    """Asks to have so much memory locked in all, in place of what was granted before; 0 when none is any more."""
+
+    locked_bytes: int
 
 
 class SocketWanted(_Message, frozen=True):
@@ -175,7 +204,16 @@ class WorkerReport(_Message, frozen=True):
 
 
 WorkerMessage = (
-    Ready | SocketWanted | SocketBound | SocketReleased | SessionChanged | Fault | Resumed | Notice | WorkerReport
+    Ready
+    | MemoryWanted
+    | SocketWanted
+    | SocketBound
+    | SocketReleased
+    | SessionChanged
+    | Fault
+    | Resumed
+    | Notice
+    | WorkerReport
 )
 
 Outgoing = TypeVar("Outgoing", bound=_Message)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from mpassthru import doctor_checks, event_loop
 from mpassthru.doctor_checks import Check, Status
+from mpassthru.locked_memory import RUNTIME_DIR
 from mpassthru.netdev import Interface, UmemCost, read_interface, zero_copy_rules
 from mpassthru.rules import ZeroCopyRules
 
@@ -44,7 +46,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return any(check.status == "fail" for check in self.checks)
 
 
-def diagnose(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES, *, queues: int = 1) -> Report:
+def diagnose(
+    ifname: str | None = None,
+    guest_size_bytes: int = GUEST_SIZE_BYTES,
+    *,
+    queues: int = 1,
+    host_max_bytes: int | None = None,
+    runtime_dir: Path = RUNTIME_DIR,
+) -> Report:
     """Examine the machine, this process and, if one is named, an interface.
 
     Runs an event loop of its own: inside one, await `examine`.
@@ -53,23 +62,36 @@ def diagnose(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES
         ifname: Interface of the current network namespace; None for the machine alone.
         guest_size_bytes: Memory of the guest to price.
         queues: Its queue pairs.
+        host_max_bytes: What all ports of the host may lock together; None for the default.
+        runtime_dir: Where ports keep the accounts of locked memory.
 
     Raises:
         HostError: ENODEV if there is no such interface.
     """
-    return event_loop.run(examine(ifname, guest_size_bytes, queues=queues))
+    return event_loop.run(
+        examine(ifname, guest_size_bytes, queues=queues, host_max_bytes=host_max_bytes, runtime_dir=runtime_dir)
+    )
 
 
-async def examine(ifname: str | None = None, guest_size_bytes: int = GUEST_SIZE_BYTES, *, queues: int = 1) -> Report:
+async def examine(
+    ifname: str | None = None,
+    guest_size_bytes: int = GUEST_SIZE_BYTES,
+    *,
+    queues: int = 1,
+    host_max_bytes: int | None = None,
+    runtime_dir: Path = RUNTIME_DIR,
+) -> Report:
     """As `diagnose`, inside a running event loop."""
     interface = await read_interface(ifname) if ifname is not None else None
     decision = zero_copy_rules(interface) if interface is not None else None
     rules = decision if isinstance(decision, ZeroCopyRules) else None
     cost, cost_check = doctor_checks.guest_cost(guest_size_bytes, queues=queues, zero_copy=rules is not None)
+    needed_bytes = cost.pinned_bytes if cost else guest_size_bytes
     checks = [
         *doctor_checks.process_checks(),
         cost_check,
-        doctor_checks.memlock(cost.pinned_bytes if cost else guest_size_bytes),
+        doctor_checks.memlock(needed_bytes),
+        doctor_checks.locked_memory(needed_bytes, host_max_bytes, runtime_dir),
         doctor_checks.hugepages(guest_size_bytes),
     ]
     kernel = os.uname().release

@@ -11,7 +11,8 @@ from typing import Final, Literal
 
 import msgspec
 
-from mpassthru.errors import HostError, RefusedError
+from mpassthru.errors import HostError, MpassthruError, RefusedError
+from mpassthru.locked_memory import RUNTIME_DIR, default_host_max_bytes, holdings
 from mpassthru.netdev import (
     ZERO_COPY,
     Interface,
@@ -156,6 +157,26 @@ def memlock(needed_bytes: int) -> Check:
         status="fail",
         found=f"{found}; neither CAP_SYS_RESOURCE nor CAP_IPC_LOCK is there",
         advice="raise the limit (ulimit -l, LimitMEMLOCK=), or give CAP_IPC_LOCK",
+    )
+
+
+def locked_memory(needed_bytes: int, host_max_bytes: int | None = None, runtime_dir: Path = RUNTIME_DIR) -> Check:
+    """Whether the budget for locked memory has room for that much more, and who has what of it."""
+    max_bytes = default_host_max_bytes() if host_max_bytes is None else host_max_bytes
+    try:
+        held = [holding for holding in holdings(runtime_dir) if holding.locked_bytes]
+    except MpassthruError as error:
+        return Check(name="locked memory", status="warn", found=str(error), advice="run as root")
+    held_bytes = sum(holding.locked_bytes for holding in held)
+    names = ", ".join(f"{format_bytes(one.locked_bytes)} for {one.interface} (pid {one.pid})" for one in held)
+    found = f"all ports may lock {format_bytes(max_bytes)}; they have locked {names or 'nothing'}"
+    if held_bytes + needed_bytes <= max_bytes:
+        return Check(name="locked memory", status="ok", found=found)
+    return Check(
+        name="locked memory",
+        status="fail",
+        found=f"{found}; {format_bytes(needed_bytes)} more are needed",
+        advice="use a smaller guest, end another one, or raise --locked-memory-all",
     )
 
 

@@ -280,7 +280,7 @@ async def test_rings_outside_memory(veth: Namespace, path: Path) -> None:
 async def test_guest_too_large_for_a_umem(veth: Namespace, path: Path) -> None:
     memory = os.memfd_create("guest")
     os.ftruncate(memory, 65 << 30)
-    async with one_session(veth, path) as port:
+    async with one_session(veth, path, "--locked-memory-all", "128G") as port:
         with await Frontend.connect(path) as frontend:
             await frontend.set_owner()
             await frontend.set_mem_table([MemoryRegion(0, 65 << 30, 0x10000, 0, memory)])

@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let [ifindex, frame_max] = arguments[..] else { return Err(USAGE.into()) };
     let bound = socket::open(ifindex, frame_max)?;
     let (orders, totals) = (Arc::new(Orders::new()?), Arc::new(Totals::default()));
-    let shared_fd = bound.xsk.shared_fd();
+    let shared_fd = bound.xsk.shared_umem().socket;
     let traffic = Traffic::new(bound, Arc::clone(&orders), Arc::clone(&totals))?;
     let thread = std::thread::Builder::new().name("limit".into()).spawn(move || traffic.run())?;
     answer(&totals.json(&shared_fd))?;

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use mpassthru_datapath::guest_memory::{GuestMemory, GuestPhysAddr, RegionSpec, UmemAddr, UserAddr};
-use mpassthru_datapath::xsk::{BindMode, CHUNK_BYTES, SocketParams, UmemLayout, XskSocket};
+use mpassthru_datapath::xsk::{BindMode, CHUNK_BYTES, SocketParams, Umem, UmemLayout, XskSocket};
 use mpassthru_steering::{Steer, SteeringProgram, XdpMode};
 
 /// As the built-in guest has them: buffers of 2048 bytes, the frame behind a virtio-net header.
@@ -45,7 +45,7 @@ pub fn open(ifindex: u32, frame_max: u32) -> Result<Bound, Box<dyn Error>> {
     // SAFETY: no pointers are passed; a new descriptor is ours.
     let fd = unsafe { libc::socket(libc::AF_XDP, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
     let params = SocketParams { ifindex, queue_id: 0, mode: BindMode::Copy, layout, zero_copy_rules: None };
-    let xsk = XskSocket::bind(owned(fd)?, &memory, None, &params)?;
+    let xsk = XskSocket::bind(owned(fd)?, &memory, &Umem::New, &params)?;
     // SAFETY: open as long as `xsk` lives, which is longer than this borrow.
     steering.set_socket(0, unsafe { BorrowedFd::borrow_raw(xsk.raw_fd()) })?;
     Ok(Bound { xsk, layout, memory, _steering: steering, start })

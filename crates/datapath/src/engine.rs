@@ -1,24 +1,34 @@
 //! The data plane of one port, as the control plane sees it: a memory map, and one pump per queue pair.
 
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::error::{Error, HostError};
 use crate::fd::{EventFd, duplicate};
-use crate::guest_memory::{DirtyLog, GuestMemory, LogSpec, RegionSpec};
-use crate::pump::{Command, CommandQueue, EventQueue, PollMode, Pump, PumpView, VringConfig, slab_bytes};
+use crate::guest_memory::{DirtyLog, GuestMemory, LogSpec, RegionSpec, UmemAddr};
+use crate::pump::{
+    Command, CommandQueue, Completion, Event, EventQueue, PollMode, Pump, PumpView, VringConfig, slab_bytes,
+};
 use crate::stats::Counts;
 use crate::virtqueue::{Logged, WriteLog};
-use crate::xsk::{SharedFd, SocketParams};
+use crate::xsk::{SocketParams, Umem, register_umem};
 
 /// Most queue pairs of a port; VIRTIO_NET_F_MQ would allow 32768.
 pub const QUEUE_PAIRS_MAX: usize = 64;
 
+/// A socket whose UMEM is registered ahead of its bind.
+struct Prepared {
+    socket: OwnedFd,
+    params: SocketParams,
+    end: UmemAddr,
+}
+
 struct PumpHandle {
     commands: Arc<CommandQueue>,
     view: Arc<PumpView>,
+    prepared: Arc<Mutex<Option<Prepared>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -36,6 +46,7 @@ pub struct Engine {
     events: Arc<EventQueue>,
     memory: Mutex<Option<Arc<GuestMemory>>>,
     log: Mutex<Log>,
+    preparing: Mutex<Vec<JoinHandle<()>>>,
     next_token: AtomicU64,
 }
 
@@ -55,6 +66,7 @@ impl Engine {
             events: Arc::new(EventQueue::new()?),
             memory: Mutex::default(),
             log: Mutex::default(),
+            preparing: Mutex::default(),
             next_token: AtomicU64::new(1),
         };
         for pair in 0..queue_pairs {
@@ -79,28 +91,105 @@ impl Engine {
     /// # Errors
     /// See [`GuestMemory::map`]; then no memory is mapped. Refused while something runs.
     pub fn map_memory(&self, regions: &[RegionSpec]) -> Result<(), Error> {
-        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(old) = memory.take()
-            && let Err(in_use) = Arc::try_unwrap(old)
-        {
-            *memory = Some(in_use);
+        let mut memory = lock(&self.memory);
+        if memory.as_ref().is_some_and(GuestMemory::is_shared) {
             return Err(Error::Refused("cannot replace guest memory while a virtqueue or socket uses it".into()));
         }
+        for pump in &self.pumps {
+            lock(&pump.prepared).take();
+        }
+        memory.take();
         if !regions.is_empty() {
             *memory = Some(Arc::new(GuestMemory::map(regions, slab_bytes(self.pumps.len()))?));
         }
         Ok(())
     }
 
-    /// Binds a socket to a queue pair; the first one registers guest memory as the UMEM, others share it.
+    /// Adds regions to the memory map while virtqueues run; the tokens are those of the pumps that get to know of them.
+    /// Frames in the new regions are copied until their socket is one that was made after this. `None`, with nothing done,
+    /// if everything has to be mapped anew instead.
+    ///
+    /// # Errors
+    /// See [`GuestMemory::with_regions`]; then nothing has changed. No memory is mapped yet, or there is a migration log
+    /// without room for the regions.
+    pub fn add_memory(&self, regions: &[RegionSpec]) -> Result<Option<Vec<u64>>, Error> {
+        if let Some(log) = &self.log().bits
+            && !regions.iter().all(|spec| log.has_room(spec.guest_phys, spec.size_bytes))
+        {
+            return Err(no_room());
+        }
+        let mut memory = lock(&self.memory);
+        let Some(more) = memory.as_ref().ok_or_else(no_memory)?.with_regions(regions)? else { return Ok(None) };
+        let more = Arc::new(more);
+        *memory = Some(Arc::clone(&more));
+        let tokens =
+            (0..self.pumps.len()).map(|pair| self.submit(pair, Command::SetMemory { memory: Arc::clone(&more) }));
+        tokens.collect::<Result<_, _>>().map(Some)
+    }
+
+    /// Registers all of guest memory as the UMEM of a socket that is to take the place of a queue pair's present one, which
+    /// goes on meanwhile: pinning takes long. [`attach_prepared`](Self::attach_prepared) binds it.
+    ///
+    /// # Errors
+    /// No such queue pair, no memory, or `socket` cannot be duplicated. The rest comes with the event.
+    pub fn prepare_socket(&self, pair: usize, socket: RawFd, params: SocketParams) -> Result<u64, Error> {
+        let (memory, socket) = (self.mapped()?, duplicate(socket)?);
+        let (prepared, events) = (Arc::clone(&self.pump(pair)?.prepared), Arc::clone(&self.events));
+        let token = self.new_token();
+        let prepare = move || {
+            let result = register_umem(&socket, &memory, params.layout);
+            let result = result.map(|()| *lock(&prepared) = Some(Prepared { socket, params, end: memory.end() }));
+            drop(memory); // who hears of the end may replace it
+            events.push(Event::Completed(Completion { token, result: result.map(|()| 0).map_err(Error::from) }));
+        };
+        let mut preparing = lock(&self.preparing);
+        preparing.retain(|thread| !thread.is_finished());
+        preparing.push(spawn(format!("umem-{pair}"), prepare)?);
+        Ok(token)
+    }
+
+    /// Closes a socket that was prepared, if there is one.
+    ///
+    /// # Errors
+    /// No such queue pair.
+    pub fn discard_prepared(&self, pair: usize) -> Result<(), Error> {
+        lock(&self.pump(pair)?.prepared).take();
+        Ok(())
+    }
+
+    /// Binds the socket that was prepared for a queue pair.
+    ///
+    /// # Errors
+    /// No such queue pair, no memory, or none was prepared. The rest comes with the event.
+    pub fn attach_prepared(&self, pair: usize) -> Result<u64, Error> {
+        let memory = self.mapped()?;
+        let prepared = lock(&self.pump(pair)?.prepared).take();
+        let Prepared { socket, params, end } =
+            prepared.ok_or_else(|| Error::Refused(format!("no socket was prepared for queue pair {pair}")))?;
+        self.submit(pair, Command::Attach { socket, memory, umem: Umem::Registered { end }, params })
+    }
+
+    /// Binds a socket to a queue pair. It shares the UMEM of another one, that with most of guest memory, or registers its
+    /// own if it is the first.
     ///
     /// # Errors
     /// No such queue pair, no memory, or `socket` cannot be duplicated. The rest comes with the event.
     pub fn attach_socket(&self, pair: usize, socket: RawFd, params: SocketParams) -> Result<u64, Error> {
         let memory = self.mapped()?;
         let socket = duplicate(socket)?;
-        let umem_of = self.pumps.iter().find_map(|pump| attached(&pump.view));
-        self.submit(pair, Command::Attach { socket, memory, umem_of, params })
+        let largest = self.pumps.iter().filter_map(|pump| pump.view.shared_umem()).max_by_key(|umem| umem.end);
+        let umem = largest.map_or(Umem::New, Umem::Of);
+        self.submit(pair, Command::Attach { socket, memory, umem, params })
+    }
+
+    /// Whether the UMEM of a queue pair's socket lacks memory that was added after it was registered.
+    ///
+    /// # Errors
+    /// No such queue pair.
+    pub fn socket_lacks_memory(&self, pair: usize) -> Result<bool, Error> {
+        let umem = self.pump(pair)?.view.shared_umem();
+        let memory = lock(&self.memory);
+        Ok(umem.zip(memory.as_ref()).is_some_and(|(umem, memory)| umem.end < memory.end()))
     }
 
     /// Gives a queue pair a packet socket, bound to its interface already, for frames of up to `frame_max` bytes.
@@ -127,7 +216,7 @@ impl Engine {
     /// No such queue pair.
     pub fn socket_attached(&self, pair: usize) -> Result<bool, Error> {
         let view = &self.pump(pair)?.view;
-        Ok(attached(view).is_some() || view.packet.lock().unwrap_or_else(PoisonError::into_inner).is_some())
+        Ok(view.shared_umem().is_some() || lock(&view.packet).is_some())
     }
 
     /// Replaces the log of written pages; `None` ends it. Virtqueues that run keep what they have until
@@ -231,18 +320,21 @@ impl Engine {
     /// Stops the threads: every socket is closed and guest memory unmapped. Virtqueues that still run are left as a
     /// crash would leave them; stop them first. May be called twice.
     pub fn close(&self) {
-        let threads: Vec<_> = self
-            .pumps
-            .iter()
-            .filter_map(|pump| pump.thread.lock().unwrap_or_else(PoisonError::into_inner).take().map(|t| (pump, t)))
-            .collect();
+        let threads: Vec<_> =
+            self.pumps.iter().filter_map(|pump| lock(&pump.thread).take().map(|t| (pump, t))).collect();
         for (pump, _) in &threads {
             pump.commands.push(0, Command::Quit);
         }
         for (_, thread) in threads {
             assert!(thread.join().is_ok(), "a pump thread does not panic");
         }
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for thread in lock(&self.preparing).drain(..) {
+            assert!(thread.join().is_ok(), "a thread that registers memory does not panic");
+        }
+        for pump in &self.pumps {
+            lock(&pump.prepared).take();
+        }
+        lock(&self.memory).take();
         *self.log() = Log::default();
     }
 
@@ -254,8 +346,7 @@ impl Engine {
     }
 
     fn mapped(&self) -> Result<Arc<GuestMemory>, Error> {
-        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        memory.clone().ok_or_else(|| Error::Refused("the front-end has not sent any guest memory".into()))
+        lock(&self.memory).clone().ok_or_else(no_memory)
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {
@@ -266,17 +357,21 @@ impl Engine {
         let log = self.log();
         let Some(bits) = log.bits.clone().filter(|_| logged != Logged::default()) else { return Ok(None) };
         if !bits.covers(memory) {
-            return Err(Error::Refused("the migration log has no room for all of guest memory".into()));
+            return Err(no_room());
         }
         Ok(Some(WriteLog { log: bits, logged, notify: log.notify.clone() }))
     }
 
     fn submit(&self, pair: usize, command: Command) -> Result<u64, Error> {
         let pump = self.pump(pair)?;
-        // Relaxed: only uniqueness matters.
-        let token = self.next_token.fetch_add(1, Ordering::Relaxed);
+        let token = self.new_token();
         pump.commands.push(token, command);
         Ok(token)
+    }
+
+    fn new_token(&self) -> u64 {
+        // Relaxed: only uniqueness matters.
+        self.next_token.fetch_add(1, Ordering::Relaxed)
     }
 }
 
@@ -290,28 +385,35 @@ fn start_pump(pair: usize, poll: PollMode, events: &Arc<EventQueue>) -> Result<P
     let commands = Arc::new(CommandQueue::new()?);
     let view = Arc::new(PumpView::default());
     let pump = Pump::new(pair, poll, Arc::clone(&commands), Arc::clone(events), Arc::clone(&view));
-    let thread =
-        std::thread::Builder::new().name(format!("pump-{pair}")).spawn(|| run_or_abort(pump)).map_err(|error| {
-            let errno = error.raw_os_error().unwrap_or(libc::EAGAIN);
-            HostError::new(
-                errno,
-                format!("cannot start the thread of queue pair {pair}"),
-                "raise the limit on processes",
-            )
-        })?;
-    Ok(PumpHandle { commands, view, thread: Mutex::new(Some(thread)) })
+    let thread = spawn(format!("pump-{pair}"), || pump.run())?;
+    Ok(PumpHandle { commands, view, prepared: Arc::default(), thread: Mutex::new(Some(thread)) })
 }
 
-/// A pump that panics is a bug of ours; its commands would never be answered. The process ends, and is started anew.
-fn run_or_abort(pump: Pump) {
-    let run = std::panic::AssertUnwindSafe(|| pump.run());
-    if std::panic::catch_unwind(run).is_err() {
-        std::process::abort();
-    }
+/// Runs `work` on a thread. A panic is a bug of ours; what was asked for would never be answered. The process ends, and is
+/// started anew.
+fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, HostError> {
+    let attempted = format!("cannot start thread {name}");
+    let run_or_abort = || {
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+            std::process::abort();
+        }
+    };
+    std::thread::Builder::new().name(name).spawn(run_or_abort).map_err(|error| {
+        let errno = error.raw_os_error().unwrap_or(libc::EAGAIN);
+        HostError::new(errno, attempted, "raise the limit on processes")
+    })
 }
 
-fn attached(view: &PumpView) -> Option<SharedFd> {
-    view.socket.lock().unwrap_or_else(PoisonError::into_inner).clone()
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn no_room() -> Error {
+    Error::Refused("the migration log has no room for all of guest memory".into())
+}
+
+fn no_memory() -> Error {
+    Error::Refused("the front-end has not sent any guest memory".into())
 }
 
 fn is_tx(index: usize) -> bool {

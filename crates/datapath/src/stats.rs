@@ -27,6 +27,8 @@ reasons! {
         SplitBuffer => "split_buffer",
         /// The memory is not contiguous for the device (zero-copy mode).
         NotContiguous => "not_contiguous",
+        /// The memory was added while virtqueues ran, and is not in the socket's UMEM yet.
+        Unregistered => "unregistered",
         /// The driver's rules do not allow guest memory (zero-copy mode).
         DriverUnproven => "driver_unproven",
         /// rx: the kernel placed the frame at an unexpected offset.

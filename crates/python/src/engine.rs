@@ -269,6 +269,28 @@ impl Engine {
         py.detach(|| self.0.map_memory(&specs)).map_err(datapath_error)
     }
 
+    fn add_memory(&self, py: Python<'_>, regions: Vec<PyRef<'_, MemoryRegion>>) -> PyResult<Option<Vec<u64>>> {
+        let specs: Vec<_> = regions.iter().map(|region| region.0).collect();
+        py.detach(|| self.0.add_memory(&specs)).map_err(datapath_error)
+    }
+
+    fn prepare_socket(&self, queue_pair: usize, config: &SocketConfig) -> PyResult<u64> {
+        let params = config.params.ok_or_else(|| PyValueError::new_err("a packet socket has nothing to prepare"))?;
+        self.0.prepare_socket(queue_pair, config.socket_fd, params).map_err(datapath_error)
+    }
+
+    fn discard_prepared(&self, queue_pair: usize) -> PyResult<()> {
+        self.0.discard_prepared(queue_pair).map_err(datapath_error)
+    }
+
+    fn attach_prepared(&self, queue_pair: usize) -> PyResult<u64> {
+        self.0.attach_prepared(queue_pair).map_err(datapath_error)
+    }
+
+    fn socket_lacks_memory(&self, queue_pair: usize) -> PyResult<bool> {
+        self.0.socket_lacks_memory(queue_pair).map_err(datapath_error)
+    }
+
     fn attach_socket(&self, queue_pair: usize, config: &SocketConfig) -> PyResult<u64> {
         match config.params {
             Some(params) => self.0.attach_socket(queue_pair, config.socket_fd, params),

@@ -28,6 +28,7 @@ from mpassthru.broker.worker_user import worker_ids
 from mpassthru.broker.xsk import create_socket
 from mpassthru.control import Configure, Mode, PollMode
 from mpassthru.errors import HostError, MpassthruError, RefusedError
+from mpassthru.locked_memory import RUNTIME_DIR, Budget, LockedMemory, default_host_max_bytes
 from mpassthru.netdev import (
     Interface,
     check_queue,
@@ -87,6 +88,12 @@ class AttachOptions:
     interval_s: float = 1.0
     guest_bytes: int = 4 << 30
     """Of the guest that is expected; refused if no kernel could take it."""
+    locked_memory_bytes: int | None = None
+    """Most memory that this port may lock; None for as much as all may."""
+    locked_memory_all_bytes: int | None = None
+    """Most memory that all ports of the host may lock together; None for most of what the host has."""
+    runtime_dir: Path | None = None
+    """Where ports keep the accounts of locked memory; None for `RUNTIME_DIR`."""
 
 
 class View(Protocol):
@@ -108,6 +115,7 @@ class Attached:
     steering: Steering
     endpoint: Endpoint
     configuration: Configure
+    memory: LockedMemory
     zero_copy: ZeroCopyOptions = field(default_factory=ZeroCopyOptions)
 
 
@@ -135,6 +143,7 @@ async def attach(options: AttachOptions, view: View, recipe: Callable[[int], str
                 ready.configuration,
                 ready.steering,
                 ready.endpoint,
+                ready.memory,
                 say=view.say,
                 once=options.once,
                 stopping=stopping,
@@ -191,6 +200,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
     for line in _notices(options, interface, queue_ids, zero_copy=rules is not None):
         view.say(line)
     with contextlib.ExitStack() as undo:
+        memory = undo.enter_context(open_accounts(options, view))
         endpoint = open_endpoint(options, view)
         undo.callback(endpoint.close)
         steering: Steering = NoSteering()
@@ -221,6 +231,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
                 uid=uid,
                 gid=gid,
             ),
+            memory,
             options.zero_copy,
         )
 
@@ -300,6 +311,28 @@ def refuse_unfit(interface: Interface, queue_ids: tuple[int, ...]) -> None:
             f"cannot attach to {name} queue {taken[0]}: another AF_XDP socket owns this queue; "
             "end its owner, or choose another with --queue"
         )
+
+
+def open_accounts(options: AttachOptions, view: View) -> LockedMemory:
+    """The port's place in the accounts of locked memory.
+
+    A broker that may not write there goes on without, and says so, unless somebody asked for them.
+
+    Raises:
+        HostError: the accounts that were asked for cannot be kept.
+    """
+    host_max_bytes = options.locked_memory_all_bytes
+    budget = Budget(
+        port_max_bytes=options.locked_memory_bytes,
+        host_max_bytes=default_host_max_bytes() if host_max_bytes is None else host_max_bytes,
+    )
+    try:
+        return LockedMemory(options.runtime_dir or RUNTIME_DIR, options.interface, budget)
+    except HostError as error:
+        if options.runtime_dir is not None or host_max_bytes is not None:
+            raise
+        view.say(f"the memory that this port locks does not count against other ports' budget: {error}")
+    return LockedMemory(None, options.interface, budget)
 
 
 def cost_line(guest_bytes: int, queues: int, *, zero_copy: bool) -> str:

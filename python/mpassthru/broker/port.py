@@ -30,6 +30,7 @@ from mpassthru.broker.xsk import create_socket
 from mpassthru.control import ControlError, close_fds
 from mpassthru.errors import HostError, MpassthruError
 from mpassthru.inflight_records import make_records
+from mpassthru.locked_memory import LockedMemory
 from mpassthru.log import LineLimiter
 from mpassthru.netdev.af_xdp import wait_queue_free
 from mpassthru.report import DirectionReport
@@ -78,6 +79,7 @@ class Port:
         configuration: What each worker is told; `keep_ipc_lock` is decided per worker.
         steering: The attached XDP program, with this port's queues claimed; in mode `packet` there is none.
         endpoint: Where front-ends come from.
+        memory: This port's place in the accounts of locked memory.
         once: End after one front-end, or when the worker dies.
         stopping: Set to end the port; `stop` sets it.
         say: Called with one line for each thing the user should know.
@@ -91,6 +93,7 @@ class Port:
         configuration: control.Configure,
         steering: Steering,
         endpoint: Endpoint,
+        memory: LockedMemory,
         *,
         say: Say,
         once: bool = False,
@@ -104,6 +107,7 @@ class Port:
         self._configuration = configuration
         self._steering = steering
         self._endpoint = endpoint
+        self._memory = memory
         self._once = once or endpoint.single
         self._say = LineLimiter(say)
         self._say_stderr = LineLimiter(say, lines_max=STDERR_LINES_MAX)
@@ -186,7 +190,7 @@ class Port:
         feeding = asyncio.create_task(self._feed(worker))
         stopping = asyncio.create_task(self._stopping.wait())
         try:
-            keep_ipc_lock = not worker.raise_memlock_limit()
+            keep_ipc_lock = not worker.limit_locked_memory(self._memory.budget.host_max_bytes)
             with contextlib.suppress(ControlError):  # a worker that is already dead is found below
                 worker.channel.send(_with_ipc_lock(self._configuration, keep_ipc_lock), (records_fd,))
             self._worker = worker
@@ -205,6 +209,7 @@ class Port:
             self._freeing.clear()
             self._idle.clear()
             self._drop_sockets()
+            self._unlock_memory()
             self.status.worker_ended()
 
     async def _let_worker_end(
@@ -258,6 +263,8 @@ class Port:
                 self._say(f"worker {worker.pid} is ready for a front-end")
                 self.status.worker = "ready"
                 self._idle.set()
+            case control.MemoryWanted(locked_bytes=locked_bytes):
+                self._lock_memory(worker, locked_bytes)
             case control.SocketWanted(queue_pair=queue_pair):
                 self._grant_socket(worker, queue_pair)
             case control.SocketBound(queue_pair=queue_pair, mode=mode):
@@ -282,6 +289,24 @@ class Port:
                 self.status.worker_reported(_checked(rx), _checked(tx))
                 self._reported.set()
 
+    def _lock_memory(self, worker: WorkerProcess, locked_bytes: int) -> None:
+        if locked_bytes < 0:
+            raise ControlError(f"the worker wants {locked_bytes} bytes of memory")
+        answer: control.MemoryGranted | control.MemoryRefused = control.MemoryGranted()
+        try:
+            self._memory.lock(locked_bytes)
+        except MpassthruError as error:
+            number = error.errno or 0 if isinstance(error, HostError) else 0
+            answer = control.MemoryRefused(errno=number, error=str(error))
+        worker.channel.send(answer)
+
+    def _unlock_memory(self) -> None:
+        """No worker is left: nothing is locked any more."""
+        try:
+            self._memory.lock(0)
+        except MpassthruError as error:
+            self._trouble(str(error))
+
     def _grant_socket(self, worker: WorkerProcess, queue_pair: int) -> None:
         self._queue_id(queue_pair)
         self._forget_socket(queue_pair)
@@ -297,6 +322,8 @@ class Port:
         sock = self._sockets.get(queue_pair)
         if sock is None:
             raise ControlError(f"the worker bound a socket of queue pair {queue_pair} that it was not given")
+        if self._memory.locked_bytes == 0 and self._configuration.socket_mode != "packet":
+            raise ControlError(f"the worker bound a socket of queue pair {queue_pair} without leave to lock memory")
         try:
             self._steering.set_socket(self._queue_id(queue_pair), sock.fileno())
         except HostError as error:

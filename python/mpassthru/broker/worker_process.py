@@ -96,11 +96,14 @@ class WorkerProcess:
             return f"was killed by {signal.Signals(-status).name}"
         return f"ended with status {status}"
 
-    def raise_memlock_limit(self) -> bool:
-        """Lift the worker's limit of locked memory, for a UMEM pins all of a guest. False if that is not allowed."""
-        infinity = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    def limit_locked_memory(self, max_bytes: int) -> bool:
+        """Let the worker lock so much memory, for a UMEM pins all of a guest. False if that is not allowed.
+
+        The kernel holds this limit against what all processes of the worker's user have locked
+        (`xdp_umem_account_pages`).
+        """
         try:
-            resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK, infinity)
+            resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK, (max_bytes, max_bytes))
         except PermissionError:
             return False
         return True

@@ -14,6 +14,7 @@ from mpassthru import event_loop
 from mpassthru.broker.attach import AttachOptions, Steer, attach
 from mpassthru.broker.mode import ZeroCopyOptions
 from mpassthru.cli.backend import PrintCapabilities
+from mpassthru.cli.locked_memory import LockedMemoryAll, RuntimeDir
 from mpassthru.cli.recipe import GuestRecipe
 from mpassthru.cli.sizes import parse_size
 from mpassthru.cli.socket_access import parse_socket_access
@@ -88,6 +89,12 @@ def attach_command(
     guest_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Guest memory for the options printed, such as 4G.")
     ] = "4G",
+    locked_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Most memory that the guest of this port may have locked; all it has is."),
+    ] = None,
+    locked_memory_all: LockedMemoryAll = None,
+    runtime_dir: RuntimeDir = None,
     _print_capabilities: PrintCapabilities = False,
 ) -> None:
     """Connect one virtual machine to IFACE.
@@ -124,6 +131,9 @@ def attach_command(
         once=once,
         interval_s=interval_s,
         guest_bytes=guest_bytes,
+        locked_memory_bytes=parse_size(locked_memory) if locked_memory is not None else None,
+        locked_memory_all_bytes=parse_size(locked_memory_all) if locked_memory_all is not None else None,
+        runtime_dir=runtime_dir,
     )
     path = socket_path or connect
 

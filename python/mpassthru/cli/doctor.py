@@ -9,7 +9,9 @@ import rich
 import typer
 
 from mpassthru import doctor
+from mpassthru.cli.locked_memory import LockedMemoryAll, RuntimeDir
 from mpassthru.cli.sizes import parse_size
+from mpassthru.locked_memory import RUNTIME_DIR
 
 
 def doctor_command(
@@ -19,6 +21,8 @@ def doctor_command(
         str, typer.Option(metavar="SIZE", help="Memory of the guest whose cost is shown, such as 4G.")
     ] = "4G",
     queues: Annotated[int, typer.Option(metavar="N", min=1, max=128, help="Queue pairs of that guest.")] = 1,
+    locked_memory_all: LockedMemoryAll = None,
+    runtime_dir: RuntimeDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Show what this machine and IFACE allow.
@@ -26,7 +30,13 @@ def doctor_command(
     What a guest costs too, and what to do about what is not allowed. Changes nothing.
     Exit status 1 if a guest cannot be attached.
     """
-    report = doctor.diagnose(interface, parse_size(guest_size), queues=queues)
+    report = doctor.diagnose(
+        interface,
+        parse_size(guest_size),
+        queues=queues,
+        host_max_bytes=parse_size(locked_memory_all) if locked_memory_all is not None else None,
+        runtime_dir=runtime_dir or RUNTIME_DIR,
+    )
     if as_json:
         typer.echo(msgspec.json.encode(report).decode())
     else:

@@ -24,11 +24,13 @@ class AttachedPort:
     """A running `mpassthru attach`.
 
     Attributes:
+        socket_path: Where its front-end connects.
         report: The figures that it printed last; None before the first.
         lines: What else it said.
     """
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, socket_path: Path) -> None:
+        self.socket_path = socket_path
         self.report: AttachReport | None = None
         self.lines: list[str] = []
         self._process = process
@@ -162,7 +164,7 @@ async def attached_port(
         namespace=namespace,
         stderr=PIPE,
     ) as process:
-        port = AttachedPort(process)
+        port = AttachedPort(process, socket_path)
         following = asyncio.create_task(port.follow())
         try:
             yield port

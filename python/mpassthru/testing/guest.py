@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -54,7 +54,6 @@ class BuiltinGuest:
     driver: GuestDriver
     bases: list[int]
     device_running: bool = False
-    _memory: list[MemoryRegion] = field(default_factory=list)
     _inflight: InflightArea | None = None
 
     # ---- making one ----------------------------------------------------------------------------------------
@@ -139,21 +138,36 @@ class BuiltinGuest:
 
     # ---- the device ----------------------------------------------------------------------------------------
 
-    async def start_device(self) -> None:
-        """Start as a VMM does: features again, memory, every ring at its base in `bases`, enable, and a kick each."""
+    async def start_device(self, *, regions: Sequence[int] | None = None, vrings: Sequence[int] | None = None) -> None:
+        """Start as a VMM does: features again, memory, every ring at its base in `bases`, enable, and a kick each.
+
+        Args:
+            regions: Indices of the regions of memory that are handed over; None for all.
+            vrings: Which rings; None for all.
+        """
+        vrings = self.vrings if vrings is None else vrings
         await self.frontend.set_features(self.frontend.features)
-        self._memory = [MemoryRegion(*region) for region in self.driver.regions()]
-        await self.frontend.set_mem_table(self._memory)
+        await self.set_memory(regions)
         await self._hand_over_inflight()
-        for index in self.vrings:
+        for index in vrings:
             await self.start_vring(index)
         await self._enable_vrings()
         if self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS):
             status = DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK | DeviceStatus.DRIVER_OK
             await self.frontend.set_status(status)
         self.device_running = True
-        for index in self.vrings:
+        for index in vrings:
             self.ring(index).kick()
+
+    async def set_memory(self, regions: Sequence[int] | None = None) -> None:
+        """Hand over the table of these regions, by index; None for all."""
+        every = self.memory
+        await self.frontend.set_mem_table(every if regions is None else [every[index] for index in regions])
+
+    @property
+    def memory(self) -> list[MemoryRegion]:
+        """All regions of memory, as they are handed over."""
+        return [MemoryRegion(*region) for region in self.driver.regions()]
 
     async def start_vring(self, index: int) -> None:
         """Hand over one ring, at its base in `bases`."""

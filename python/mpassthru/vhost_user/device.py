@@ -109,6 +109,14 @@ class Device(Protocol):
         After a failure the session maps what was there before.
         """
 
+    async def add_memory(self, regions: Sequence[MemoryRegion]) -> bool:
+        """Add regions to the memory map while vrings run.
+
+        Returns:
+            False, with nothing done, if that cannot be: the session then stops the vrings and replaces the map. After a
+            failure the map is as before.
+        """
+
     async def start_vring(self, index: int, vring: Vring) -> None:
         """Run a stopped vring. A start that was cancelled is followed by `stop_vring`."""
 

@@ -107,6 +107,17 @@ class MemoryTable:
         """This table without one of its regions."""
         return MemoryTable(known for known in self.regions if known is not region)
 
+    def replaced_by(self, table: MemoryTable) -> MemoryTable:
+        """`table`, with this one's regions where it lists the same memory: those keep their descriptors."""
+        known = {region.description: region for region in self.regions}
+        return MemoryTable(_same_or_new(known.get(region.description), region) for region in table)
+
+    def added_to(self, old: MemoryTable) -> tuple[MemoryRegion, ...] | None:
+        """What this table has beyond `old`; None if it lacks any of that."""
+        if any(region not in self.regions for region in old):
+            return None
+        return tuple(region for region in self.regions if region not in old.regions)
+
     def covers(self, user_address: int, size_bytes: int) -> bool:
         """Whether every byte of a range of user addresses lies in a region; neighbours may share the range."""
         position, end = user_address, user_address + size_bytes
@@ -125,6 +136,10 @@ class MemoryTable:
         for region in self.regions:
             if region not in kept.regions:
                 os.close(region.fd)
+
+
+def _same_or_new(known: MemoryRegion | None, region: MemoryRegion) -> MemoryRegion:
+    return known if known is not None and known.is_same_memory(region) else region
 
 
 def _check_region(region: MemoryRegion) -> None:

@@ -250,7 +250,10 @@ class Session:
 
     @handles(Request.VHOST_USER_SET_MEM_TABLE, RegionTable, fds=FD_PER_REGION)
     async def _set_mem_table(self, payload: RegionTable, message: Message) -> None:
-        """Repeated at each start of the driver; a table that did not change keeps its mapping."""
+        """Repeated at each start of the driver; a table that did not change keeps its mapping.
+
+        Regions that were there before keep theirs, by the descriptors that came first.
+        """
         if len(payload.regions) != len(message.fds):
             raise ProtocolError(f"{len(message.fds)} descriptors came along with {len(payload.regions)} regions")
         pairs = zip(payload.regions, message.fds, strict=True)
@@ -258,7 +261,9 @@ class Session:
         if self.memory.is_same_memory(table):
             return
         message.take_fds()
-        await self._map(table)
+        kept = self.memory.replaced_by(table)
+        table.close_except(kept)
+        await self._map(kept)
 
     @handles(Request.VHOST_USER_GET_MAX_MEM_SLOTS, Empty, needs=_SLOTS, has_reply=True)
     async def _get_max_mem_slots(self) -> U64:
@@ -279,7 +284,10 @@ class Session:
 
     @handles(Request.VHOST_USER_REM_MEM_REG, SingleRegion, fds=AT_MOST_ONE_FD, needs=_SLOTS)
     async def _rem_mem_reg(self, payload: SingleRegion, _message: Message) -> None:
-        """A descriptor that older front-ends send along is closed. A region already gone is QEMU 7.2 once more."""
+        """A descriptor that older front-ends send along is closed. A region already gone is QEMU 7.2 once more.
+
+        The answer says that nothing of ours, of the kernel's or of the NIC's can touch the region any more.
+        """
         region = self.memory.find(payload.region)
         if region is None:
             log.debug("region at %#x to remove is not mapped", payload.region.guest_phys_address)
@@ -514,10 +522,33 @@ class Session:
             if ring.lies_in(self.memory, self.features):
                 await ring.start_if_ready(self.memory, self.features)
             elif ring.phase is RingPhase.WAITING:
-                log.info("vring %d waits: it is outside the memory that the front-end sent", ring.index)
+                log.warning("vring %d stands still: it is outside the memory that the front-end sent", ring.index)
 
     async def _map(self, table: MemoryTable) -> None:
-        """Replace the memory map; `table` belongs to the session from here on. After a failure the old map is back."""
+        """Replace the memory map; `table` belongs to the session from here on. After a failure the old map is back.
+
+        Running vrings go on if memory was only added; else they are stopped meanwhile.
+        """
+        if not await self._only_add(table):
+            await self._replace(table)
+
+    async def _only_add(self, table: MemoryTable) -> bool:
+        """Add what `table` has more, while vrings run. False if that is not how it differs, or cannot be done."""
+        old = self.memory
+        added = table.added_to(old)
+        if added is None or (added and not any(ring.started for ring in self.rings)):
+            return False
+        try:
+            if added and not await self._device.add_memory(added):
+                return False
+        except BaseException:
+            table.close_except(old)
+            raise
+        self.memory = table
+        await self._resume()
+        return True
+
+    async def _replace(self, table: MemoryTable) -> None:
         old = self.memory
         async with self._rings_paused():
             self.memory = table

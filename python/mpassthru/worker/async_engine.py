@@ -50,6 +50,36 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(engine.event_fd, self._drain)
 
+    async def add_memory(self, regions: Sequence[MemoryRegion]) -> bool:
+        """Add regions to the memory map; every queue pair has them then. False if all has to be mapped anew instead."""
+        tokens = self.engine.add_memory(list(regions))
+        if tokens is None:
+            return False
+        await asyncio.gather(*(self._end_of("add_memory", token) for token in tokens))
+        return True
+
+    async def prepare_socket(self, queue_pair: int, config: SocketConfig) -> None:
+        """Register all of guest memory on a socket, for `attach_prepared`."""
+        token = self.engine.prepare_socket(queue_pair, config)
+        await self._end_of("prepare_socket", token, timeout_s=ATTACH_TIMEOUT_S)
+
+    async def attach_prepared(self, queue_pair: int) -> int:
+        """Bind the socket that was prepared; 1 for zero-copy mode, 0 for copy mode."""
+        return await self._end_of("attach_prepared", self.engine.attach_prepared(queue_pair))
+
+    def discard_prepared(self, queue_pair: int) -> None:
+        """Close the socket that was prepared, if there is one."""
+        self.engine.discard_prepared(queue_pair)
+
+    def frames(self) -> int:
+        """How many frames have been moved, both ways."""
+        counters = self.engine.counters()
+        return sum(counters[way]["frames"] for way in ("rx", "tx"))  # type: ignore[index]
+
+    def socket_lacks_memory(self, queue_pair: int) -> bool:
+        """Whether memory was added after the UMEM of a queue pair's socket was registered."""
+        return self.engine.socket_lacks_memory(queue_pair)
+
     async def attach_socket(self, queue_pair: int, config: SocketConfig) -> int:
         """Bind a queue pair's socket; 1 for zero-copy mode, 0 for copy mode."""
         token = self.engine.attach_socket(queue_pair, config)

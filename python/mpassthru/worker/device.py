@@ -29,6 +29,7 @@ from mpassthru.vhost_user.message import VHOST_VRING_F_LOG
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.memlock import check_memlock, pinned_bytes
 from mpassthru.worker.socket_client import SocketClient
+from mpassthru.worker.socket_renewal import SocketRenewal
 
 FRAME_MIN_BYTES: Final = 60
 ETHERTYPE_RARP: Final = 0x8035
@@ -112,11 +113,17 @@ class PortDevice:
         self._has_log = False
         self._unlogged = False
         """A virtqueue ran with logging on while there was no log: QEMU sends it after the start."""
+        self._locked_bytes = 0
+        """How much the broker allows to be locked."""
         self._attaching = [asyncio.Lock() for _ in configuration.queue_ids]
         self._unproven = set(range(self.queue_pairs_max)) if self._zero_copy else set()
         """Queue pairs whose last zero-copy socket is closed, and whose hardware queue was not seen free since. To begin
         with, that socket is one of a worker that may have died just now."""
         self._attaching_again: set[asyncio.Task[None]] = set()
+        self._preparing: set[int] = set()
+        self._prepared: set[int] = set()
+        """Queue pairs whose next socket is being prepared, or is, and is the one that the broker granted last."""
+        self._renewal = SocketRenewal(self, engine, notice)
 
     async def set_features(self, features: int) -> None:
         """Nothing to do: each virtqueue brings the features it runs with."""
@@ -183,23 +190,34 @@ class PortDevice:
             RefusedError: the memlock limit or the kernel cannot take so much memory.
             HostError: a region cannot be mapped; EBUSY if a NIC may still write to the old one, which stays mapped.
         """
+        await self._renewal.stop()
         await self._detach_sockets()
         self._regions = ()
         if regions:
-            check_memlock(pinned_bytes(regions, self.queue_pairs_max))
-        self._engine.map_memory(
-            [
-                _core.MemoryRegion(
-                    guest_phys_address=region.guest_phys_address,
-                    size_bytes=region.size_bytes,
-                    user_address=region.user_address,
-                    mmap_offset=region.mmap_offset,
-                    fd=region.fd,
-                )
-                for region in regions
-            ]
-        )
+            await self._reserve(regions)
+        self._engine.map_memory(core_regions(regions))
         self._regions = tuple(regions)
+        if not regions:
+            await self._reserve(())
+
+    async def add_memory(self, regions: Sequence[MemoryRegion]) -> bool:
+        """Add to the guest's memory while virtqueues run; frames in it are copied until their socket is a newer one.
+
+        Raises:
+            RefusedError: the memlock limit or the budget does not allow so much memory, or the kernel cannot take it.
+            HostError: a region cannot be mapped.
+        """
+        every = (*self._regions, *regions)
+        await self._reserve(every)
+        try:
+            added = await self._engine.add_memory(core_regions(regions))
+        except MpassthruError:
+            await self._reserve(self._regions)
+            raise
+        if added:
+            self._regions = every
+            self._renewal.start()
+        return added
 
     async def start_vring(self, index: int, vring: Vring) -> None:
         """Start a virtqueue, with a socket for its queue pair.
@@ -300,6 +318,7 @@ class PortDevice:
         """Close every socket; the session has stopped the virtqueues."""
         for index in tuple(self._running):
             self._forget_running(index)
+        await self._renewal.stop()
         await self._detach_sockets()
 
     def _forget_running(self, index: int) -> None:
@@ -317,6 +336,7 @@ class PortDevice:
             await self._close_socket(queue_pair)
 
     async def _close_socket(self, queue_pair: int) -> None:
+        self._discard_prepared(queue_pair)
         if self._engine.socket_attached(queue_pair):
             await self._detach_socket(queue_pair)
             if not self._zero_copy:
@@ -343,6 +363,61 @@ class PortDevice:
             if 0 <= offset < region.size_bytes:
                 return os.pread(region.fd, min(size_bytes, region.size_bytes - offset), region.mmap_offset + offset)
         return b""
+
+    async def prepare_socket(self, queue_pair: int) -> None:
+        """Make a socket with all of guest memory, for `replace_sockets`; the present one goes on meanwhile.
+
+        Raises:
+            HostError: no socket could be had, or the memory could not be pinned once more (ENOBUFS: the memlock limit).
+        """
+        async with self._attaching[queue_pair]:
+            fd = await self._sockets.want(queue_pair)
+            self._preparing.add(queue_pair)
+        try:
+            await self._engine.prepare_socket(queue_pair, self._socket_config(queue_pair, fd))
+        except BaseException:
+            self._preparing.discard(queue_pair)
+            raise
+        finally:
+            os.close(fd)
+        if queue_pair in self._preparing:
+            self._prepared.add(queue_pair)
+        else:
+            self._engine.discard_prepared(queue_pair)  # the socket that it was to replace is gone
+        self._preparing.discard(queue_pair)
+
+    async def replace_sockets(self, queue_pairs: Sequence[int]) -> None:
+        """Give queue pairs that have a socket another one, without a virtqueue noticing more than lost frames.
+
+        Raises:
+            HostError: a socket could not be had or bound; its queue pair has none then.
+        """
+        for queue_pair in queue_pairs:
+            async with self._attaching[queue_pair]:
+                if self._engine.socket_attached(queue_pair):
+                    await self._detach_socket(queue_pair)
+        for queue_pair in queue_pairs:
+            try:
+                await self._attach_socket(queue_pair, for_running=True)
+            except HostError:
+                # A NIC whose link has to come back first takes longer than a bind waits; now the queue is seen free.
+                await self._attach_socket(queue_pair, for_running=True)
+
+    def _discard_prepared(self, queue_pair: int) -> None:
+        self._preparing.discard(queue_pair)
+        if queue_pair in self._prepared:
+            self._prepared.discard(queue_pair)
+            self._engine.discard_prepared(queue_pair)
+
+    async def _reserve(self, regions: Sequence[MemoryRegion]) -> None:
+        """Make sure that so much memory may be locked, before anything is. Packet sockets lock none."""
+        if self._configuration.socket_mode == "packet":
+            return
+        needed_bytes = pinned_bytes(regions, self.queue_pairs_max) if regions else 0
+        if needed_bytes != self._locked_bytes:
+            check_memlock(needed_bytes)
+            await self._sockets.lock_memory(needed_bytes)
+            self._locked_bytes = needed_bytes
 
     @property
     def _zero_copy(self) -> bool:
@@ -376,16 +451,27 @@ class PortDevice:
                 return
             if for_running and not self._running.keys() & {2 * queue_pair, 2 * queue_pair + 1}:
                 return
-            # A new socket gives the buffers of the one before back to their virtqueues.
-            await self._prove_free(queue_pair)
+            bind = self._bind_prepared
+            if queue_pair not in self._prepared:
+                self._preparing.discard(queue_pair)
+                # A new socket gives the buffers of the one before back to their virtqueues.
+                await self._prove_free(queue_pair)
+                bind = self._bind_socket
             try:
-                await self._sockets.bound(queue_pair, await self._bind_socket(queue_pair))
+                await self._sockets.bound(queue_pair, await bind(queue_pair))
             except BaseException:
                 if self._engine.socket_attached(queue_pair):
                     await self._detach_socket(queue_pair)
                 # The broker's copy would keep the socket, and with it all of guest memory pinned.
                 self._sockets.released(queue_pair)
                 raise
+
+    async def _bind_prepared(self, queue_pair: int) -> SocketMode:
+        """Bind the socket that was prepared: on the queue of the one before, so that no NIC writes for that one now."""
+        self._prepared.discard(queue_pair)
+        zero_copy = await self._engine.attach_prepared(queue_pair)
+        self._unproven.discard(queue_pair)
+        return "zero-copy" if zero_copy else "copy"
 
     async def _bind_socket(self, queue_pair: int) -> SocketMode:
         """Bind a new socket; its mode. The engine tries for a while if the kernel still takes an earlier one down."""
@@ -408,6 +494,20 @@ class PortDevice:
             frame_max_bytes=rules.frame_room_bytes if rules else self._configuration.frame_max_bytes,
             zero_copy_rules=core_rules(rules) if rules else None,
         )
+
+
+def core_regions(regions: Sequence[MemoryRegion]) -> list[_core.MemoryRegion]:
+    """Regions as the engine takes them."""
+    return [
+        _core.MemoryRegion(
+            guest_phys_address=region.guest_phys_address,
+            size_bytes=region.size_bytes,
+            user_address=region.user_address,
+            mmap_offset=region.mmap_offset,
+            fd=region.fd,
+        )
+        for region in regions
+    ]
 
 
 def vring_config(vring: Vring) -> _core.VringConfig:

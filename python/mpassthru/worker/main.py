@@ -102,7 +102,12 @@ class Worker:
                 case control.FrontendConnected():
                     self._serving = self._tasks.create_task(self._serve(socket.socket(fileno=fds[0])))
                 case (
-                    control.SocketGranted() | control.SocketSteered() | control.SocketFreed() | control.SocketRefused()
+                    control.SocketGranted()
+                    | control.SocketSteered()
+                    | control.SocketFreed()
+                    | control.SocketRefused()
+                    | control.MemoryGranted()
+                    | control.MemoryRefused()
                 ):
                     self._sockets.answered(message, fds)
                 case control.ReportWanted():

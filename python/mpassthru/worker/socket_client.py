@@ -10,6 +10,9 @@ from collections.abc import Callable
 from mpassthru.control import (
     BrokerMessage,
     ControlChannel,
+    MemoryGranted,
+    MemoryRefused,
+    MemoryWanted,
     SocketBound,
     SocketFreed,
     SocketGranted,
@@ -28,12 +31,30 @@ FREED_TIMEOUT_S = 20.0
 """More than the broker takes before it gives up."""
 
 
+_MEMORY = -1
+"""What a question about memory is known by, among those about queue pairs."""
+
+SocketAnswer = SocketGranted | SocketSteered | SocketFreed | SocketRefused | MemoryGranted | MemoryRefused
+
+
 class SocketClient:
-    """The worker's side of the socket messages. One question per queue pair is open at a time."""
+    """The worker's side of the socket messages, and of those about the memory that sockets lock.
+
+    One question per queue pair, and one about memory, is open at a time.
+    """
 
     def __init__(self, channel: ControlChannel[WorkerMessage, BrokerMessage]) -> None:
         self._channel = channel
         self._answers: dict[int, asyncio.Future[int]] = {}
+
+    async def lock_memory(self, locked_bytes: int) -> None:
+        """Ask to have so much memory locked in all; nothing may be before the answer.
+
+        Raises:
+            RefusedError: the budget does not allow it; what was granted before stays.
+            HostError: the broker could not look at the budget, or does not answer.
+        """
+        await self._ask(_MEMORY, lambda: self._channel.send(MemoryWanted(locked_bytes=locked_bytes)))
 
     async def want(self, queue_pair: int) -> int:
         """Ask for a socket.
@@ -67,36 +88,36 @@ class SocketClient:
         message = SocketReleased(queue_pair=queue_pair, await_free=True)
         await self._ask(queue_pair, lambda: self._channel.send(message), timeout_s=FREED_TIMEOUT_S)
 
-    def answered(self, message: SocketGranted | SocketSteered | SocketFreed | SocketRefused, fds: list[int]) -> None:
+    def answered(self, message: SocketAnswer, fds: list[int]) -> None:
         """Take the broker's answer; fds that nobody waits for are closed."""
-        answer = self._answers.get(message.queue_pair)
+        subject = _MEMORY if isinstance(message, MemoryGranted | MemoryRefused) else message.queue_pair
+        answer = self._answers.get(subject)
         if answer is None or answer.done():
             close_fds(fds)
             return
         match message:
             case SocketGranted():
                 answer.set_result(fds[0])
-            case SocketSteered() | SocketFreed():
+            case SocketSteered() | SocketFreed() | MemoryGranted():
                 answer.set_result(-1)
-            case SocketRefused(errno=0, error=error):
+            case SocketRefused(errno=0, error=error) | MemoryRefused(errno=0, error=error):
                 answer.set_exception(RefusedError(error))
-            case SocketRefused(errno=number, error=error):
+            case SocketRefused(errno=number, error=error) | MemoryRefused(errno=number, error=error):
                 answer.set_exception(HostError(number, error))
 
-    async def _ask(self, queue_pair: int, send: Callable[[], None], *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
+    async def _ask(self, subject: int, send: Callable[[], None], *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._answers[queue_pair] = answer
+        self._answers[subject] = answer
         try:
             send()
             async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError as error:
-            raise HostError(
-                errno.ETIMEDOUT, f"the broker does not answer for queue pair {queue_pair} within {timeout_s:g} s"
-            ) from error
+            about = "about locked memory" if subject == _MEMORY else f"for queue pair {subject}"
+            raise HostError(errno.ETIMEDOUT, f"the broker does not answer {about} within {timeout_s:g} s") from error
         except asyncio.CancelledError:
             if answer.done() and not answer.cancelled() and answer.exception() is None and answer.result() >= 0:
                 os.close(answer.result())
             raise
         finally:
-            del self._answers[queue_pair]
+            del self._answers[subject]

@@ -17,7 +17,8 @@ from mpassthru.broker import port as port_module
 from mpassthru.broker.port import Port, WaitQueueFree
 from mpassthru.broker.worker_process import WorkerProcess
 from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage
-from mpassthru.errors import HostError
+from mpassthru.errors import HostError, MpassthruError, RefusedError
+from mpassthru.locked_memory import Budget
 from mpassthru.report import DirectionReport
 
 CONFIGURATION = control.Configure(
@@ -46,8 +47,10 @@ class PlayedWorker:
         self.killed = False
         self.ended = False
         self._may_raise_memlock = may_raise_memlock
+        self.memory_max_bytes = 0
 
-    def raise_memlock_limit(self) -> bool:
+    def limit_locked_memory(self, max_bytes: int) -> bool:
+        self.memory_max_bytes = max_bytes
         return self._may_raise_memlock
 
     def kill(self) -> None:
@@ -63,6 +66,21 @@ class PlayedWorker:
         assert received is not None, f"end of file instead of {kind.__name__}"
         assert isinstance(received[0], kind), received[0]
         return received
+
+
+@dataclass
+class RecordedMemory:
+    """Stands for the accounts of locked memory, in which this port has some already."""
+
+    budget: Budget = field(default_factory=lambda: Budget(host_max_bytes=1 << 40))
+    locked_bytes: int = 4096
+    locks: list[int] = field(default_factory=list)
+    fail: MpassthruError | None = None
+
+    def lock(self, wanted_bytes: int) -> None:
+        if self.fail is not None and wanted_bytes:
+            raise self.fail
+        self.locks.append(wanted_bytes)
 
 
 @dataclass
@@ -108,6 +126,7 @@ class Harness:
     port: Port
     steering: RecordedSteering
     endpoint: PlayedEndpoint
+    memory: RecordedMemory
     lines: list[str]
     workers: asyncio.Queue[PlayedWorker]
     made_sockets: list[socket.socket]
@@ -141,7 +160,7 @@ async def harness(
     workers: asyncio.Queue[PlayedWorker] = asyncio.Queue()
     lines: list[str] = []
     made: list[socket.socket] = []
-    steering, endpoint = RecordedSteering(), PlayedEndpoint()
+    steering, endpoint, memory = RecordedSteering(), PlayedEndpoint(), RecordedMemory()
 
     started: list[PlayedWorker] = []
 
@@ -160,6 +179,7 @@ async def harness(
         CONFIGURATION,
         cast(Any, steering),
         endpoint,
+        cast(Any, memory),
         say=lines.append,
         once=once,
         start_worker=start_worker,
@@ -168,7 +188,7 @@ async def harness(
     )
     running = asyncio.create_task(port.run())
     try:
-        yield Harness(port, steering, endpoint, lines, workers, made, running)
+        yield Harness(port, steering, endpoint, memory, lines, workers, made, running)
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -473,3 +493,34 @@ async def test_workers_stderr_is_said_printable() -> None:
         worker.say("panicked at \x1b]0;forged title\x07")
 
         await h.until("worker: panicked at  ]0;forged title ")
+
+
+async def test_memory_is_locked_once_the_accounts_allow_it_and_not_held_when_the_worker_is_gone() -> None:
+    async with harness() as here:
+        worker = await here.worker()
+        assert worker.memory_max_bytes == here.memory.budget.host_max_bytes
+
+        worker.far.send(control.MemoryWanted(locked_bytes=1 << 30))
+        await worker.expect(control.MemoryGranted)
+        here.memory.fail = RefusedError("too much for this host")
+        worker.far.send(control.MemoryWanted(locked_bytes=1 << 40))
+        answer, _ = await worker.expect(control.MemoryRefused)
+
+        assert answer == control.MemoryRefused(errno=0, error="too much for this host")
+        worker.far.close()
+        await here.worker()
+        assert here.memory.locks == [1 << 30, 0]
+
+
+async def test_worker_that_binds_without_leave_to_lock_memory_is_ended() -> None:
+    async with harness() as here:
+        worker = await here.worker()
+        here.memory.locked_bytes = 0
+        worker.far.send(control.SocketWanted(queue_pair=0))
+        await worker.expect(control.SocketGranted)
+
+        worker.far.send(control.SocketBound(queue_pair=0, mode="copy"))
+
+        await here.until("without leave to lock memory")
+        assert worker.killed
+        assert here.steering.slots == {}

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_port import CONFIGURATION, PlayedEndpoint, PlayedWorker, RecordedSteering, free_at_once
+from test_port import CONFIGURATION, PlayedEndpoint, PlayedWorker, RecordedMemory, RecordedSteering, free_at_once
 
 from mpassthru import control
 from mpassthru.broker import port as port_module
@@ -63,6 +63,7 @@ class PortModel(RuleBasedStateMachine):
             CONFIGURATION,
             cast(Any, self.steering),
             self.endpoint,
+            cast(Any, RecordedMemory()),
             say=lambda _line: None,
             start_worker=self._start_worker,
             new_socket=self._new_socket,

@@ -55,7 +55,7 @@ def test_report_of_loopback_fails_for_its_mtu_and_says_so_last() -> None:
 def test_report_of_the_machine_names_every_part_once() -> None:
     report = doctor.diagnose()
     names = [check.name for check in report.checks]
-    assert names == ["kernel", "AF_XDP", "capabilities", "BPF", "guest cost", "memlock", "hugepages"]
+    assert names == ["kernel", "AF_XDP", "capabilities", "BPF", "guest cost", "memlock", "locked memory", "hugepages"]
     assert report.interface is None
     assert report.mode is None
 

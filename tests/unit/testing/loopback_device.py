@@ -127,6 +127,9 @@ class LoopbackDevice:
     async def map_memory(self, regions: Sequence[MemoryRegion]) -> None:
         self._memory = Memory(regions)
 
+    async def add_memory(self, regions: Sequence[MemoryRegion]) -> bool:
+        return False
+
     async def start_vring(self, index: int, vring: Vring) -> None:
         (used_idx,) = struct.unpack("<H", self._memory.read(vring.used_user_address + 2, 2, user=True))
         kick_fd, call_fd = os.dup(vring.kick_fd), os.dup(vring.call_fd)

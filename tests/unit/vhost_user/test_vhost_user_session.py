@@ -22,7 +22,7 @@ from vhost_user_fakes import (
     ring_address,
 )
 
-from mpassthru.errors import HostError, ProtocolError, RefusedError
+from mpassthru.errors import HostError, MpassthruError, ProtocolError, RefusedError
 from mpassthru.vhost_user import (
     SUPPORTED_PROTOCOL_FEATURES,
     Frontend,
@@ -64,10 +64,10 @@ async def negotiated(
         yield frontend, device, session, task
 
 
-async def start(frontend: Frontend, index: int, event: int, *, enable: bool = True) -> None:
+async def start(frontend: Frontend, index: int, event: int, *, enable: bool = True, shift: int = 0) -> None:
     await frontend.set_vring_num(index, 256)
     await frontend.set_vring_base(index, 10)
-    await frontend.set_vring_addr(ring_address(index))
+    await frontend.set_vring_addr(ring_address(index, shift=shift))
     await frontend.set_vring_call(index, event)
     await frontend.set_vring_kick(index, event)
     if enable:
@@ -487,14 +487,79 @@ async def test_stop_that_fails_ends_the_connection_for_a_base_is_no_acknowledgem
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-async def test_hot_added_region_restarts_vrings_with_their_bases(fd: int, event: int) -> None:
+async def test_hot_added_region_stops_no_vring(fd: int, event: int) -> None:
     async with negotiated() as (frontend, device, session, _):
+        await frontend.add_mem_reg(region(fd))
+        await start(frontend, 0, event)
+        device.calls.clear()
+        await frontend.add_mem_reg(region(fd, slot=1))
+        assert device.calls == ["add_memory"]
+        assert [r.guest_phys_address for r in session.memory] == [0, MEMORY_BYTES]
+
+
+async def test_table_that_only_has_more_stops_no_vring_and_keeps_the_first_descriptors(fd: int, event: int) -> None:
+    async with negotiated() as (frontend, device, session, _):
+        await frontend.set_mem_table([region(fd)])
+        await start(frontend, 0, event)
+        (kept,) = session.memory
+        device.calls.clear()
+        held = open_fds()
+        await frontend.set_mem_table([region(fd, slot=1), region(fd)])
+        assert device.calls == ["add_memory"]
+        assert [r.guest_phys_address for r in session.memory] == [MEMORY_BYTES, 0]
+        assert kept in session.memory
+        assert open_fds() == held + 1
+
+
+async def test_same_table_in_another_order_is_no_change(fd: int, event: int) -> None:
+    async with negotiated() as (frontend, device, _, _):
+        await frontend.set_mem_table([region(fd), region(fd, slot=1)])
+        await start(frontend, 0, event)
+        device.calls.clear()
+        held = open_fds()
+        await frontend.set_mem_table([region(fd, slot=1), region(fd)])
+        assert device.calls == []
+        assert open_fds() == held
+
+
+@pytest.mark.parametrize("error", [RefusedError("over budget"), HostError(12, "cannot map")])
+async def test_region_that_cannot_be_added_leaves_everything_as_it_was(
+    fd: int, event: int, error: MpassthruError
+) -> None:
+    async with negotiated() as (frontend, device, session, _):
+        await frontend.set_mem_table([region(fd)])
+        await start(frontend, 0, event)
+        held = open_fds()
+        device.failures["add_memory"] = error
+        with pytest.raises(RefusedError, match="ADD_MEM_REG"):
+            await frontend.add_mem_reg(region(fd, slot=1))
+        assert open_fds() == held
+        assert len(session.memory) == len(device.regions) == 1
+        assert 0 in device.running
+
+
+async def test_vring_that_waits_for_a_region_starts_when_that_is_added_beside_running_ones(fd: int, event: int) -> None:
+    async with negotiated() as (frontend, device, _, _):
+        await frontend.add_mem_reg(region(fd))
+        await frontend.add_mem_reg(region(fd, slot=1))
+        await start(frontend, 0, event)
+        await start(frontend, 1, event, shift=MEMORY_BYTES)
+        await frontend.rem_mem_reg(region(fd, slot=1))
+        assert device.running.keys() == {0}
+        device.calls.clear()
+        await frontend.add_mem_reg(region(fd, slot=1))
+        assert device.calls == ["add_memory", "start_vring 1"]
+
+
+async def test_device_that_cannot_add_while_vrings_run_restarts_them_with_their_bases(fd: int, event: int) -> None:
+    async with negotiated(FakeDevice(next_base=5, can_add=False)) as (frontend, device, session, _):
         await frontend.add_mem_reg(region(fd))
         for index in (0, 1):
             await start(frontend, index, event)
         device.calls.clear()
         await frontend.add_mem_reg(region(fd, slot=1))
-        assert device.calls == ["stop_vring 0", "stop_vring 1", "map_memory", "start_vring 0", "start_vring 1"]
+        stops, starts = ["stop_vring 0", "stop_vring 1"], ["start_vring 0", "start_vring 1"]
+        assert device.calls == ["add_memory", *stops, "map_memory", *starts]
         assert [vring.base for vring in device.running.values()] == [15, 15]
         assert [r.guest_phys_address for r in session.memory] == [0, MEMORY_BYTES]
 
@@ -576,6 +641,7 @@ async def test_table_with_fewer_descriptors_than_regions_ends_the_connection(fd:
 async def test_map_that_fails_puts_the_old_memory_back(fd: int, event: int) -> None:
     async with negotiated() as (frontend, device, session, _):
         await frontend.set_mem_table([region(fd)])
+        device.can_add = False
         await start(frontend, 0, event)
         held = open_fds()
         device.failures["map_memory"] = RefusedError("too large for a UMEM")
@@ -598,6 +664,7 @@ async def test_map_that_fails_in_both_directions_leaves_no_memory(fd: int, event
     device = Unmappable()
     async with negotiated(device) as (frontend, _, session, task):
         await frontend.set_mem_table([region(fd)])
+        device.can_add = False
         await start(frontend, 0, event)
         held = open_fds()
         device.broken = True

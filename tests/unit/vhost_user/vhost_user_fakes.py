@@ -69,6 +69,7 @@ class FakeDevice:
     mtu_bytes: int = 0
     rarp: bytes = b""
     next_base: int = 0
+    can_add: bool = True
     block_at: int = -1
     """The number of the call that never returns; -1 for none."""
     blocked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -103,6 +104,14 @@ class FakeDevice:
         assert all(is_open(region.fd) for region in regions)
         await self._called("map_memory")
         self.regions = list(regions)
+
+    async def add_memory(self, regions: Sequence[MemoryRegion]) -> bool:
+        assert regions
+        assert all(is_open(region.fd) for region in regions)
+        await self._called("add_memory")
+        if self.can_add:
+            self.regions += regions
+        return self.can_add
 
     async def start_vring(self, index: int, vring: Vring) -> None:
         assert index not in self.running

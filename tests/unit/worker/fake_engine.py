@@ -32,16 +32,27 @@ class FakeEngine:
     resumed: dict[int, int] = field(default_factory=dict)
     zero_copy: bool = False
     kernel_has_buffers: bool = False
+    prepare_errors: list[Exception] = field(default_factory=list)
+    add_error: Exception | None = None
+    can_add: bool = True
+    lacking: set[int] = field(default_factory=set)
+    """Queue pairs whose socket was made before memory was added."""
     closed: bool = False
 
     def __post_init__(self) -> None:
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._events: list[FakeEvent] = []
+        self._held_events: list[FakeEvent] = []
         self._tokens = 0
 
     def emit(self, event: FakeEvent) -> None:
         self._events.append(event)
         os.eventfd_write(self.event_fd, 1)
+
+    def end_held(self) -> None:
+        """Let the operations that were held end."""
+        while self._held_events:
+            self.emit(self._held_events.pop(0))
 
     def drain_events(self) -> list[FakeEvent]:
         events, self._events = self._events, []
@@ -51,14 +62,42 @@ class FakeEngine:
         assert not self.attached, "memory changed under a socket"
         self.calls.append(f"map {len(regions)}")
 
+    def add_memory(self, regions: list[object]) -> list[int] | None:
+        if self.add_error is not None:
+            raise self.add_error
+        if not self.can_add:
+            return None
+        self.lacking |= self.attached
+        return [self._operation(f"add {len(regions)}")]
+
+    def prepare_socket(self, queue_pair: int, config: object) -> int:
+        return self._operation(
+            f"prepare {queue_pair}", error=self.prepare_errors.pop(0) if self.prepare_errors else None
+        )
+
+    def discard_prepared(self, queue_pair: int) -> None:
+        self.calls.append(f"discard {queue_pair}")
+
+    def attach_prepared(self, queue_pair: int) -> int:
+        error = self.attach_errors.pop(0) if self.attach_errors else None
+        if error is None:
+            self.attached.add(queue_pair)
+            self.lacking.discard(queue_pair)
+        return self._operation(f"attach-prepared {queue_pair}", value=int(self.zero_copy), error=error)
+
+    def socket_lacks_memory(self, queue_pair: int) -> bool:
+        return queue_pair in self.lacking
+
     def attach_socket(self, queue_pair: int, config: object) -> int:
         error = self.attach_errors.pop(0) if self.attach_errors else None
         if error is None:
             self.attached.add(queue_pair)
+            self.lacking.discard(queue_pair)
         return self._operation(f"attach {queue_pair}", value=int(self.zero_copy), error=error)
 
     def detach_socket(self, queue_pair: int) -> int:
         self.attached.discard(queue_pair)
+        self.lacking.discard(queue_pair)
         return self._operation(f"detach {queue_pair}")
 
     def start_vring(self, index: int, config: object) -> int:
@@ -111,6 +150,9 @@ class FakeEngine:
     def _operation(self, call: str, value: int = 0, error: Exception | None = None) -> int:
         self.calls.append(call)
         self._tokens += 1
-        if call.split(maxsplit=1)[0] not in self.held:
-            self.emit(FakeEvent(token=self._tokens, value=value, error=error))
+        event = FakeEvent(token=self._tokens, value=value, error=error)
+        if call.split(maxsplit=1)[0] in self.held:
+            self._held_events.append(event)
+        else:
+            self.emit(event)
         return self._tokens

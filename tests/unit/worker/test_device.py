@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
@@ -59,12 +60,15 @@ class Bench:
     notices: list[str]
     heard: list[str]
     refuse: control.SocketRefused | None = None
+    refuse_memory: control.MemoryRefused | None = None
+    locked: list[int] = field(default_factory=list)
 
     async def play_broker(self, client: SocketClient, far: ControlChannel[WorkerMessage, BrokerMessage]) -> None:
         """Grant and steer whatever is asked for; carry the answers to the client as the worker's loop does."""
         while (received := await self.broker.receive()) is not None:
             message, _ = received
-            self.heard.append(type(message).__name__)
+            if not isinstance(message, control.MemoryWanted):
+                self.heard.append(type(message).__name__)
             match message:
                 case control.SocketWanted(queue_pair=pair):
                     fd = os.open("/dev/null", os.O_RDWR)
@@ -72,6 +76,9 @@ class Bench:
                     os.close(fd)
                 case control.SocketBound(queue_pair=pair):
                     self.broker.send(self.refuse or control.SocketSteered(queue_pair=pair))
+                case control.MemoryWanted(locked_bytes=locked_bytes):
+                    self.locked.append(locked_bytes)
+                    self.broker.send(self.refuse_memory or control.MemoryGranted())
                 case _:
                     continue
             answer = await far.receive()
@@ -291,6 +298,148 @@ async def test_sockets_are_closed_before_memory_changes(bench: Bench) -> None:
 
     assert bench.engine.calls[-2:] == ["detach 0", "map 1"]
     await heard(bench, "SocketWanted", "SocketBound", "SocketReleased")
+
+
+MEMORY = MemoryRegion(guest_phys_address=0, size_bytes=1 << 20, user_address=0, mmap_offset=0, fd=0)
+MORE = MemoryRegion(guest_phys_address=1 << 20, size_bytes=2 << 20, user_address=1 << 20, mmap_offset=0, fd=0)
+SLABS_BYTES = (4 << 20) + 3 * 4096
+
+
+async def quiet(bench: Bench) -> None:
+    """Nothing goes on in the background any more."""
+    renewing = bench.device._renewal._renewing
+    assert renewing is not None
+    async with asyncio.timeout(TIMEOUT_S):
+        await asyncio.wait({renewing})
+
+
+async def test_memory_that_is_added_is_prepared_for_before_the_socket_is_exchanged(bench: Bench) -> None:
+    await bench.device.map_memory([MEMORY])
+    await bench.device.start_vring(0, VRING)
+    bench.engine.calls.clear()
+    bench.heard.clear()
+
+    assert await bench.device.add_memory([MORE])
+    assert bench.engine.calls == ["add 1"]
+    await quiet(bench)
+
+    assert bench.engine.calls == ["add 1", "prepare 0", "detach 0", "attach-prepared 0"]
+    await heard(bench, "SocketWanted", "SocketBound")
+    assert bench.locked == [(1 << 20) + SLABS_BYTES, (3 << 20) + SLABS_BYTES]
+
+
+async def test_memory_that_cannot_be_locked_twice_is_let_go_of_before_it_is_registered_again(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    bench.engine.prepare_errors = [HostError(errno.ENOBUFS, "the memlock limit is too small")]
+    bench.engine.calls.clear()
+
+    await bench.device.add_memory([MORE])
+    await quiet(bench)
+
+    assert bench.engine.calls == ["add 1", "prepare 0", "detach 0", "attach 0"]
+    assert bench.notices == ["running"]
+
+
+async def test_socket_that_cannot_be_renewed_goes_on_and_the_user_hears_of_it(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    bench.engine.prepare_errors = [HostError(errno.ENOMEM, "not enough free memory")]
+
+    await bench.device.add_memory([MORE])
+    await quiet(bench)
+
+    assert bench.engine.attached == {0}
+    assert bench.notices[-1].endswith("sockets cannot be renewed to use it in place: not enough free memory")
+
+
+async def test_prepared_socket_that_cannot_be_bound_is_followed_by_another(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    bench.engine.attach_errors = [HostError(errno.EBUSY, "the queue is held")]
+    bench.engine.calls.clear()
+
+    await bench.device.add_memory([MORE])
+    await quiet(bench)
+
+    assert bench.engine.calls[-3:] == ["detach 0", "attach-prepared 0", "attach 0"]
+
+
+async def test_socket_that_went_while_the_next_one_was_prepared_leaves_none(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    bench.engine.held = {"prepare"}
+    bench.engine.kernel_has_buffers = True
+    await bench.device.add_memory([MORE])
+    while "prepare 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    bench.engine.calls.clear()
+
+    await bench.device.stop_vring(0)
+    bench.engine.end_held()
+    await quiet(bench)
+
+    assert bench.engine.calls == ["stop 0", "detach 0", "stop 0", "discard 0"]
+
+
+async def test_new_map_waits_until_no_memory_is_being_pinned(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    bench.engine.held = {"prepare"}
+    await bench.device.add_memory([MORE])
+    while "prepare 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    await bench.device.stop_vring(0)
+    mapping = asyncio.create_task(bench.device.map_memory([MEMORY]))
+    await asyncio.sleep(0.01)
+    assert "map 1" not in bench.engine.calls
+
+    bench.engine.end_held()
+    await mapping
+
+    assert bench.engine.calls[-3:] == ["discard 0", "detach 0", "map 1"]
+
+
+async def test_new_map_waits_until_no_socket_is_being_bound(bench: Bench) -> None:
+    await bench.device.start_vring(0, VRING)
+    bench.engine.held = {"attach-prepared"}
+    await bench.device.add_memory([MORE])
+    while "attach-prepared 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    stopping = asyncio.create_task(bench.device.stop_vring(0))
+    mapping = asyncio.create_task(bench.device.map_memory([MEMORY]))
+    await asyncio.sleep(0.01)
+    assert "map 1" not in bench.engine.calls
+
+    bench.engine.end_held()
+    await asyncio.gather(stopping, mapping)
+
+    assert bench.engine.calls[-2:] == ["detach 0", "map 1"]
+
+
+async def test_memory_beyond_the_budget_is_refused_before_the_engine_hears_of_it(bench: Bench) -> None:
+    await bench.device.map_memory([MEMORY])
+    bench.refuse_memory = control.MemoryRefused(errno=0, error="this port's budget is 1 MiB")
+    bench.engine.calls.clear()
+
+    for change in (bench.device.add_memory, bench.device.map_memory):
+        with pytest.raises(RefusedError, match="this port's budget is 1 MiB"):
+            await change([MORE])
+
+    assert bench.engine.calls == []
+
+
+async def test_memory_that_could_not_be_added_is_given_back_to_the_budget(bench: Bench) -> None:
+    await bench.device.map_memory([MEMORY])
+    bench.engine.add_error = HostError(errno.ENOMEM, "cannot map guest memory region")
+
+    with pytest.raises(HostError, match="cannot map"):
+        await bench.device.add_memory([MORE])
+
+    assert bench.locked[-1] == bench.locked[0] == (1 << 20) + SLABS_BYTES
+
+
+async def test_unmapped_memory_is_given_back_to_the_budget(bench: Bench) -> None:
+    await bench.device.map_memory([MEMORY])
+
+    await bench.device.map_memory([])
+
+    assert bench.locked[-1] == 0
 
 
 async def test_reset_closes_every_socket(bench: Bench) -> None:

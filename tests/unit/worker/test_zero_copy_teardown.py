@@ -39,6 +39,9 @@ class FakeSockets:
     calls: list[str]
     still_held: list[HostError] = field(default_factory=list)
 
+    async def lock_memory(self, locked_bytes: int) -> None:
+        self.calls.append(f"lock {locked_bytes}")
+
     async def want(self, _queue_pair: int) -> int:
         return os.open("/dev/null", os.O_RDWR)
 

@@ -1,14 +1,17 @@
-use std::os::fd::AsRawFd;
+use std::collections::BTreeSet;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use mpassthru_testing::driver::{RingLayout, Segment, SplitDriver};
-use mpassthru_testing::memory::{self as vmm, GuestPhysAddr, RegionConfig};
+use mpassthru_testing::memory::{self as vmm, RegionConfig};
+use proptest::prelude::*;
 
 use super::{Engine, PollMode, QUEUE_PAIRS_MAX};
 use crate::error::Error;
-use crate::fixture::{Guest, VIRTIO_F_VERSION_1, memfd, specs};
-use crate::guest_memory::LogSpec;
+use crate::fixture::{Guest, VIRTIO_F_VERSION_1, cases, memfd, specs};
+use crate::guest_memory::{GuestPhysAddr, LogSpec, PAGE_BYTES, RegionSpec, UserAddr};
 use crate::pump::{Completion, Event, VringConfig};
 use crate::virtqueue::Logged;
 use crate::xsk::{BindMode, SocketParams, UmemLayout};
@@ -26,7 +29,7 @@ fn engine(pairs: usize) -> Engine {
 }
 
 fn layout(index: usize) -> RingLayout {
-    RingLayout::contiguous(GuestPhysAddr(0x4000 * index as u64), 8)
+    RingLayout::contiguous(vmm::GuestPhysAddr(0x4000 * index as u64), 8)
 }
 
 /// Waits for the end of a command.
@@ -40,6 +43,21 @@ fn completed(engine: &Engine, token: u64) -> Result<u64, Error> {
         (Some(Event::Completed(Completion { token: ended, result })), None) if ended == token => result,
         other => panic!("other events than the end of {token}: {other:?}"),
     }
+}
+
+/// Adds memory, and waits until every pump has it. `None` if it has to be mapped anew.
+fn added(engine: &Engine, specs: &[RegionSpec]) -> Result<Option<()>, Error> {
+    let Some(mut tokens) = engine.add_memory(specs)? else { return Ok(None) };
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !tokens.is_empty() && Instant::now() < deadline {
+        for event in engine.events().drain() {
+            let Event::Completed(Completion { token, result: Ok(0) }) = event else { panic!("{event:?}") };
+            tokens.retain(|&expected| expected != token);
+        }
+        std::thread::yield_now();
+    }
+    assert!(tokens.is_empty(), "the pumps do not answer");
+    Ok(Some(()))
 }
 
 fn message<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
@@ -96,7 +114,7 @@ fn test_a_queue_stops_at_the_base_that_it_was_started_with_while_there_is_no_soc
     let guest = mapped(&engine);
     for (index, base) in [(0, 0), (1, 65535), (2, 7), (3, 32768)] {
         let mut driver = SplitDriver::new(&guest.vmm, layout(index), false).unwrap();
-        driver.add(&[Segment::readable(GuestPhysAddr(0x1_0000), 72)]).unwrap();
+        driver.add(&[Segment::readable(vmm::GuestPhysAddr(0x1_0000), 72)]).unwrap();
         driver.publish();
         driver.ring().set_avail_idx(u16::wrapping_add(base, 1));
         guest.vmm.write(layout(index).used.plus(2), &base.to_le_bytes()).unwrap();
@@ -153,12 +171,12 @@ fn test_a_socket_that_is_none_is_refused_with_what_was_attempted() {
 
 #[test]
 fn test_an_engine_closes_twice_and_lets_go_of_its_memory() {
-    let file = crate::fixture::memfd("closed-engine", 4096);
+    let file = memfd("closed-engine", 4096);
     let engine = engine(2);
-    let region = crate::guest_memory::RegionSpec {
-        guest_phys: crate::guest_memory::GuestPhysAddr(0),
+    let region = RegionSpec {
+        guest_phys: GuestPhysAddr(0),
         size_bytes: 4096,
-        user: crate::guest_memory::UserAddr(0),
+        user: UserAddr(0),
         mmap_offset: 0,
         fd: file.as_raw_fd(),
     };
@@ -185,7 +203,17 @@ fn test_a_log_without_room_for_all_memory_is_refused_where_it_would_be_used() {
     assert_eq!(message(engine.set_vring_log(0, all)), refused);
     assert_eq!(message(engine.start_vring(1, config(&guest, 1, 0), all)), refused);
 
+    let far = RegionSpec {
+        guest_phys: GuestPhysAddr(1 << 40),
+        user: UserAddr(1),
+        size_bytes: 4096,
+        mmap_offset: 0,
+        fd: file.as_raw_fd(),
+    };
+    assert_eq!(message(engine.add_memory(&[far])), refused);
+
     engine.map_log(Some(&log(64))).unwrap();
+    assert_eq!(message(engine.add_memory(&[far])), refused);
     let token = engine.set_vring_log(0, all).unwrap();
     completed(&engine, token).unwrap();
     let token = engine.start_vring(1, config(&guest, 1, 0), all).unwrap();
@@ -206,4 +234,118 @@ fn test_all_of_memory_is_marked_only_where_there_is_memory_and_a_log() {
     engine.mark_all().unwrap();
     engine.map_log(None).unwrap();
     assert!(message(engine.mark_all()).contains("has not sent a migration log"));
+}
+
+/// A change of the memory map, by the numbers of the regions in it.
+#[derive(Debug, Clone)]
+enum Change {
+    Add(Vec<u8>),
+    Replace(Vec<u8>),
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let regions = || prop::collection::btree_set(0u8..6, 0..4).prop_map(|set| set.into_iter().collect());
+    prop_oneof![regions().prop_map(Change::Add), regions().prop_map(Change::Replace)]
+}
+
+/// Region `number`: at its own place in the guest, and in the file that all of them share.
+fn numbered(file: &OwnedFd, number: u8) -> RegionSpec {
+    let (size_bytes, number) = (PAGE_BYTES * (1 + u64::from(number % 3)), u64::from(number));
+    let guest_phys = GuestPhysAddr(number << 30);
+    let user = UserAddr((number << 30) + (1 << 40));
+    RegionSpec { guest_phys, size_bytes, user, mmap_offset: 4 * PAGE_BYTES * number, fd: file.as_raw_fd() }
+}
+
+proptest! {
+    #![proptest_config(cases(128))]
+
+    #[test]
+    fn test_memory_is_what_the_changes_made_it_and_nothing_stays_mapped(changes in prop::collection::vec(change(), 1..12)) {
+        let file = memfd("changing", 24 * PAGE_BYTES);
+        let engine = engine(1);
+        let mut model = BTreeSet::new();
+        for change in changes {
+            match change {
+                Change::Add(numbers) => {
+                    let specs: Vec<_> = numbers.iter().map(|&number| numbered(&file, number)).collect();
+                    match added(&engine, &specs) {
+                        Ok(fits) => {
+                            prop_assert!(fits.is_some(), "pages of one size follow each other");
+                            prop_assert!(!model.is_empty() && numbers.iter().all(|number| !model.contains(number)));
+                            model.extend(numbers);
+                        }
+                        Err(_) => {
+                            prop_assert!(model.is_empty() || numbers.iter().any(|number| model.contains(number)));
+                        }
+                    }
+                }
+                Change::Replace(numbers) => {
+                    let specs: Vec<_> = numbers.iter().map(|&number| numbered(&file, number)).collect();
+                    engine.map_memory(&specs).unwrap();
+                    model = numbers.into_iter().collect();
+                }
+            }
+            check_memory(&engine, &file, &model);
+        }
+        engine.close();
+        prop_assert!(!std::fs::read_to_string("/proc/self/maps").unwrap().contains("memfd:changing"));
+    }
+}
+
+/// Asserts that every region of the model, and no other, is translated to its own bytes of the file.
+fn check_memory(engine: &Engine, file: &OwnedFd, model: &BTreeSet<u8>) {
+    let memory = engine.memory.lock().unwrap().clone();
+    assert_eq!(memory.is_none(), model.is_empty());
+    let Some(memory) = memory else { return };
+    for number in 0..6 {
+        let spec = numbered(file, number);
+        for offset in [0, spec.size_bytes - 8] {
+            let found = memory.translate(GuestPhysAddr(spec.guest_phys.0 + offset), 8, &mut 0);
+            let user = memory.translate_user(UserAddr(spec.user.0 + offset), 8);
+            assert_eq!((found.is_some(), user), (model.contains(&number), found.map(|segment| segment.addr)));
+            let Some(found) = found else { continue };
+            let mark = ((u64::from(number) << 32) | offset).to_le_bytes();
+            memory.write(found.addr, &mark);
+            let mut seen = [0; 8];
+            let at = (spec.mmap_offset + offset) as libc::off_t;
+            // SAFETY: `seen` has room for eight bytes.
+            assert_eq!(unsafe { libc::pread(file.as_raw_fd(), seen.as_mut_ptr().cast(), 8, at) }, 8);
+            assert_eq!(seen, mark);
+        }
+    }
+    let mapped: u64 = model.iter().map(|&number| numbered(file, number).size_bytes).sum();
+    assert_eq!(memory.len_bytes(), memory.slab_bytes() + mapped + 2 * PAGE_BYTES);
+}
+
+#[test]
+fn test_running_queues_do_not_keep_memory_from_growing_and_find_their_buffers_in_it() {
+    let engine = engine(2);
+    let guest = mapped(&engine);
+    for index in [0, 1, 3] {
+        let token = engine.start_vring(index, config(&guest, index, 0), Logged::default()).unwrap();
+        completed(&engine, token).unwrap();
+    }
+    let other = vmm::GuestMemory::new(&[RegionConfig::memfd(1 << 40, 4096)]).unwrap();
+    let before = Arc::downgrade(&engine.mapped().unwrap());
+    added(&engine, &specs(&other)).unwrap().unwrap();
+    assert!(before.upgrade().is_none(), "every pump has the new memory");
+    assert!(message(engine.map_memory(&[])).contains("while a virtqueue or socket uses it"));
+    for index in [0, 1, 3] {
+        let token = engine.stop_vring(index).unwrap();
+        completed(&engine, token).unwrap();
+    }
+    engine.map_memory(&[]).unwrap();
+}
+
+#[test]
+fn test_a_socket_is_bound_as_prepared_only_if_one_was() {
+    let engine = engine(1);
+    let _guest = mapped(&engine);
+    assert!(message(engine.attach_prepared(0)).contains("no socket was prepared for queue pair 0"));
+    let (socket, _peer) = UnixDatagram::pair().unwrap();
+    let token = engine.prepare_socket(0, socket.as_raw_fd(), PARAMS).unwrap();
+    assert!(message(completed(&engine, token)).contains("as a UMEM"), "it is no AF_XDP socket");
+    assert!(message(engine.attach_prepared(0)).contains("no socket was prepared"));
+    assert!(!engine.socket_lacks_memory(0).unwrap());
+    engine.map_memory(&[]).unwrap();
 }

@@ -8,8 +8,9 @@ use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use super::mapping::Mapping;
 use super::region::{file_bytes, page_bytes};
-use super::{GuestMemory, GuestPhysAddr, Mapping, PAGE_BYTES, map_fixed};
+use super::{GuestMemory, GuestPhysAddr, PAGE_BYTES};
 use crate::error::HostError;
 
 /// What VHOST_USER_SET_LOG_BASE describes.
@@ -61,7 +62,8 @@ impl DirtyLog {
         // Pages of the file start at multiples of their size.
         let mapping = Mapping::reserve(len_bytes + page_bytes)?;
         let start = mapping.start().next_multiple_of(page_bytes);
-        map_fixed(start, len_bytes, libc::MAP_SHARED | libc::MAP_FIXED, spec.fd, file_start)
+        mapping
+            .map_file(start, len_bytes, spec.fd, file_start)
             .map_err(|errno| refused(errno, "the front-end's log must be a file that may be written"))?;
         let bits = NonNull::new((start + (spec.offset - file_start)) as *mut u8)
             .ok_or_else(|| refused(libc::EINVAL, "it was mapped at address zero"))?;
@@ -70,8 +72,12 @@ impl DirtyLog {
 
     /// Whether there is a bit for every page of `memory`.
     pub fn covers(&self, memory: &GuestMemory) -> bool {
-        let last_page = |end: u64| (end - 1) / PAGE_BYTES;
-        memory.regions().iter().all(|r| last_page(r.guest_phys.0 + r.size_bytes) / 8 < self.size_bytes)
+        memory.regions().iter().all(|region| self.has_room(region.guest_phys, region.size_bytes))
+    }
+
+    /// Whether there is a bit for every page of so many bytes from `start` on.
+    pub fn has_room(&self, start: GuestPhysAddr, size_bytes: u64) -> bool {
+        start.0.checked_add(size_bytes.saturating_sub(1)).is_some_and(|last| last / PAGE_BYTES / 8 < self.size_bytes)
     }
 
     /// Marks every page that holds one of `len_bytes` bytes from `start` on. They have been written before. Pages that

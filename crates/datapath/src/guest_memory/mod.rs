@@ -1,26 +1,34 @@
 //! Guest memory as one range of addresses, so that one UMEM covers it all.
 //!
 //! ```text
-//!   [ front slab ][ region 0 ][ region 1 ] ... [ tail slab ]
-//!   ^ UmemAddr(0)
+//!   [ front slab ][ region 0 ][ region 1 ] ... [ tail slab ]   (reserved for more regions)
+//!   ^ UmemAddr(0)                              ^ end
 //! ```
 //!
 //! The slabs are ours: bounce frames, and room for chunks that start in front of the first guest buffer or end
 //! behind the last. Regions lie back to back, those with the biggest pages first, so that every mapping is aligned
 //! without a hole: the kernel takes no UMEM with holes (`net/xdp/xdp_umem.c`).
 //!
+//! A `GuestMemory` does not change. Regions that are added while virtqueues run make a new one on the same [`Arena`],
+//! in which every address of before means what it did; a UMEM that was registered before covers it up to its own
+//! `end` (docs/decisions/0010). The tail slab moves: the kernel keeps the pages that it has pinned, and nothing is ever
+//! written there.
+//!
 //! Invariant: there is no Rust reference into guest memory, for the guest changes it at any time. Everything goes
 //! through the volatile, atomic and memcpy accessors of this module, on addresses that [`GuestMemory::translate`]
 //! has checked.
 
 mod address;
+mod arena;
 mod dirty_log;
+mod mapping;
 mod region;
 mod shared_file;
 #[cfg(test)]
 mod tests;
 
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 pub use address::{GuestPhysAddr, UmemAddr, UserAddr};
@@ -28,7 +36,8 @@ pub use dirty_log::{DirtyLog, LogSpec};
 pub use region::{Region, RegionSpec};
 pub use shared_file::{FileSpec, SharedFile};
 
-use crate::error::{Error, HostError};
+use crate::error::Error;
+use arena::{Arena, address};
 use region::Extent;
 
 /// Base page size; also the UMEM chunk size.
@@ -47,15 +56,16 @@ pub struct Segment {
     pub len: u32,
 }
 
-/// The mapped memory of one guest, and our slabs around it. Unmapped on drop.
+/// The mapped memory of one guest, and our slabs around it. Unmapped when the last one on its arena is dropped.
 #[derive(Debug)]
 pub struct GuestMemory {
     /// Keeps the range mapped; `base` lies inside it.
-    _reservation: Mapping,
+    arena: Arc<Arena>,
     /// Host address of `UmemAddr(0)`.
     base: NonNull<u8>,
-    len_bytes: u64,
     slab_bytes: u64,
+    /// Where the regions end and the tail slab begins.
+    end: UmemAddr,
     /// Sorted by guest-physical address, without overlap.
     regions: Box<[Region]>,
 }
@@ -74,38 +84,77 @@ impl GuestMemory {
     /// cannot be mapped.
     pub fn map(specs: &[RegionSpec], slab_bytes: u64) -> Result<Self, Error> {
         assert!(slab_bytes.is_multiple_of(PAGE_BYTES), "slabs are whole pages");
-        check_overlap(specs)?;
-        let mut extents = specs.iter().map(Extent::of).collect::<Result<Vec<_>, _>>()?;
-        extents.sort_by_key(|e| std::cmp::Reverse(e.page_bytes));
+        check_overlap(specs.iter().map(range))?;
+        let extents = extents(specs)?;
+        check_size(slab_bytes, &extents)?;
         let align = extents.first().map_or(PAGE_BYTES, |e| e.page_bytes);
-        let guest_bytes = extents.iter().try_fold(0u64, |sum, e| sum.checked_add(e.len_bytes));
-        let len_bytes = guest_bytes
-            .and_then(|bytes| bytes.checked_add(slab_bytes + TAIL_SLAB_BYTES))
-            .filter(|&bytes| bytes / PAGE_BYTES <= UMEM_CHUNKS_MAX)
-            .ok_or_else(|| Error::Refused(too_large(&extents)))?;
 
         // The first region starts at a multiple of its page size; the slab ends there.
-        let reservation = Mapping::reserve(len_bytes + align)?;
-        let regions_start = (reservation.start() + slab_bytes).next_multiple_of(align);
-        let base = regions_start - slab_bytes;
-        map_anonymous(base, slab_bytes)?;
-        let mut at = slab_bytes;
-        let mut regions = Vec::with_capacity(extents.len());
-        for extent in &extents {
-            map_extent(base + at, extent)?;
-            regions.push(extent.mapped_at(UmemAddr(at)));
-            at += extent.len_bytes;
-        }
-        map_anonymous(base + at, TAIL_SLAB_BYTES)?;
-        regions.sort_by_key(|r| r.guest_phys);
-
+        let arena = Arena::reserve(UMEM_CHUNKS_MAX * PAGE_BYTES + align)?;
+        let base = (arena.start() + slab_bytes).next_multiple_of(align) - slab_bytes;
         let base = NonNull::new(base as *mut u8).ok_or_else(|| Error::Refused("mapped at address zero".into()))?;
-        Ok(Self { _reservation: reservation, base, len_bytes, slab_bytes, regions: regions.into_boxed_slice() })
+        arena.map_slab(address(base, UmemAddr(0)), slab_bytes)?;
+        let none =
+            Self { arena: Arc::new(arena), base, slab_bytes, end: UmemAddr(slab_bytes), regions: Box::default() };
+        none.extended(&extents)
     }
 
+    /// The same memory with more regions behind those there are, at addresses that nothing used before. `None` if their
+    /// pages cannot be aligned there without a hole, or if there would be too many: then everything has to be mapped anew.
+    /// Only the newest memory of an arena can be extended.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map); then nothing has changed.
+    pub fn with_regions(&self, specs: &[RegionSpec]) -> Result<Option<Self>, Error> {
+        check_overlap(specs.iter().map(range).chain(self.regions.iter().map(|r| (r.guest_phys, r.size_bytes))))?;
+        let extents = extents(specs)?;
+        let is_aligned = |extent: &Extent| self.offset_in_page(self.end, extent.page_bytes) == 0;
+        if !extents.first().is_none_or(is_aligned) || check_size(self.end.0, &extents).is_err() {
+            return Ok(None);
+        }
+        self.extended(&extents).map(Some)
+    }
+
+    /// Maps extents behind the regions there are, those with the biggest pages first; the first one is aligned there.
+    fn extended(&self, extents: &[Extent]) -> Result<Self, Error> {
+        let lengths: u64 = extents.iter().map(|e| e.len_bytes).sum();
+        let end = self.end.plus(lengths);
+        self.arena.grow(self.base, self.end, end, || {
+            let mut at = self.end;
+            for extent in extents {
+                self.arena.map_extent(address(self.base, at), extent)?;
+                at = at.plus(extent.len_bytes);
+            }
+            Ok(())
+        })?;
+        let mut at = self.end;
+        let mut regions = self.regions.to_vec();
+        for extent in extents {
+            regions.push(extent.mapped_at(at));
+            at = at.plus(extent.len_bytes);
+        }
+        regions.sort_by_key(|r| r.guest_phys);
+        let (arena, regions) = (Arc::clone(&self.arena), regions.into_boxed_slice());
+        Ok(Self { arena, base: self.base, slab_bytes: self.slab_bytes, end, regions })
+    }
     /// Length of the UMEM in bytes: slabs and all regions.
     pub fn len_bytes(&self) -> u64 {
-        self.len_bytes
+        self.end.0 + TAIL_SLAB_BYTES
+    }
+
+    /// Where the regions end: a UMEM that is registered now holds all guest memory below this.
+    pub fn end(&self) -> UmemAddr {
+        self.end
+    }
+
+    /// Whether anybody else holds this memory, or another one on the same arena.
+    pub fn is_shared(self: &Arc<Self>) -> bool {
+        Arc::strong_count(self) > 1 || Arc::strong_count(&self.arena) > 1
+    }
+
+    /// Whether addresses mean the same in both.
+    pub fn is_same_arena(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.arena, &other.arena)
     }
 
     /// Length of the front slab: `UmemAddr(0)` up to here is ours, never the guest's.
@@ -182,7 +231,7 @@ impl GuestMemory {
     /// Host address of a byte. Anything done with it must stay inside the mapping.
     #[inline]
     pub(crate) fn ptr(&self, addr: UmemAddr) -> *mut u8 {
-        debug_assert!(addr.0 < self.len_bytes, "a UMEM address lies inside the UMEM");
+        debug_assert!(addr.0 < self.len_bytes(), "a UMEM address lies inside the UMEM");
         // SAFETY: every UmemAddr comes from translate() or the slabs, so it is an offset inside this one mapping.
         unsafe { self.base.as_ptr().add(addr.0 as usize) }
     }
@@ -275,21 +324,25 @@ impl GuestMemory {
     #[inline]
     fn check(&self, addr: UmemAddr, len_bytes: u64) {
         assert!(
-            addr.0.checked_add(len_bytes).is_some_and(|end| end <= self.len_bytes),
+            addr.0.checked_add(len_bytes).is_some_and(|end| end <= self.len_bytes()),
             "an access stays inside the UMEM"
         );
     }
 }
 
-fn check_overlap(specs: &[RegionSpec]) -> Result<(), Error> {
+fn range(spec: &RegionSpec) -> (GuestPhysAddr, u64) {
+    (spec.guest_phys, spec.size_bytes)
+}
+
+/// Refuses ranges of guest-physical addresses, by start and length, that overlap or wrap around.
+fn check_overlap(ranges: impl Iterator<Item = (GuestPhysAddr, u64)>) -> Result<(), Error> {
     let broken = |what| Error::Refused(format!("cannot map guest memory: {what}; the front-end sent a broken table"));
-    let mut sorted: Vec<_> = specs.iter().collect();
-    sorted.sort_by_key(|s| s.guest_phys);
+    let mut sorted: Vec<_> = ranges.collect();
+    sorted.sort_unstable();
     let mut previous = None;
-    for spec in sorted {
-        let start = spec.guest_phys;
+    for (start, size_bytes) in sorted {
         let end = start
-            .checked_add(spec.size_bytes)
+            .checked_add(size_bytes)
             .ok_or_else(|| broken(format!("the region at {:#x} passes the end of the address space", start.0)))?;
         if let Some((before, _)) = previous.filter(|&(_, end)| end > start) {
             return Err(broken(format!("regions at {before:#x} and {:#x} overlap", start.0)));
@@ -299,78 +352,25 @@ fn check_overlap(specs: &[RegionSpec]) -> Result<(), Error> {
     Ok(())
 }
 
-fn too_large(extents: &[Extent]) -> String {
-    let gib = extents.iter().map(|e| e.len_bytes as f64).sum::<f64>() / (1u64 << 30) as f64;
-    format!(
-        "cannot use guest memory of {gib:.1} GiB as a UMEM: the kernel takes at most {UMEM_CHUNKS_MAX} chunks of \
-         {PAGE_BYTES} bytes, just under 64 GiB; give the guest less memory"
-    )
+/// What is to be mapped of the files, the biggest pages first.
+fn extents(specs: &[RegionSpec]) -> Result<Vec<Extent>, Error> {
+    let mut extents = specs.iter().map(Extent::of).collect::<Result<Vec<_>, _>>()?;
+    extents.sort_by_key(|e| std::cmp::Reverse(e.page_bytes));
+    Ok(extents)
 }
 
-/// A reserved range of addresses; unmapped as a whole.
-#[derive(Debug)]
-struct Mapping {
-    start: NonNull<libc::c_void>,
-    len_bytes: usize,
-}
-
-impl Mapping {
-    fn reserve(len_bytes: u64) -> Result<Self, HostError> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: a new private reservation at an address of the kernel's choice touches nothing of ours.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), len_bytes as usize, libc::PROT_NONE, flags, -1, 0) };
-        match NonNull::new(start) {
-            Some(start) if start.as_ptr() != libc::MAP_FAILED => Ok(Self { start, len_bytes: len_bytes as usize }),
-            _ => Err(HostError::last(
-                format!("cannot reserve {len_bytes} bytes of addresses for guest memory"),
-                |_| "the address space limit (ulimit -v) may be too small",
-            )),
-        }
-    }
-
-    fn start(&self) -> u64 {
-        self.start.as_ptr() as u64
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the range was reserved by us as a whole and nothing refers to it any more.
-        let failed = unsafe { libc::munmap(self.start.as_ptr(), self.len_bytes) };
-        assert!(failed == 0, "a range that mmap returned can be unmapped");
-    }
-}
-
-fn map_anonymous(at: u64, len_bytes: u64) -> Result<(), HostError> {
-    if len_bytes == 0 {
+/// Refuses what makes, with `before` bytes in front of it, a UMEM that the kernel would not take.
+fn check_size(before: u64, extents: &[Extent]) -> Result<(), Error> {
+    let fits = extents
+        .iter()
+        .try_fold(before + TAIL_SLAB_BYTES, |sum, extent| sum.checked_add(extent.len_bytes))
+        .is_some_and(|bytes| bytes / PAGE_BYTES <= UMEM_CHUNKS_MAX);
+    if fits {
         return Ok(());
     }
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-    map_fixed(at, len_bytes, flags, -1, 0)
-        .map_err(|errno| HostError::new(errno, format!("cannot map a slab of {len_bytes} bytes"), "free some memory"))
-}
-
-fn map_extent(at: u64, extent: &Extent) -> Result<(), HostError> {
-    let spec = &extent.spec;
-    map_fixed(at, extent.len_bytes, libc::MAP_SHARED | libc::MAP_FIXED, spec.fd, extent.file_start).map_err(|errno| {
-        HostError::new(
-            errno,
-            format!("cannot map guest memory region at {:#x} ({} bytes)", spec.guest_phys.0, spec.size_bytes),
-            match errno {
-                libc::ENOMEM => "not enough free huge pages, or too many mappings (vm.max_map_count)",
-                libc::EACCES => "the front-end sent a read-only file descriptor",
-                _ => "the front-end's memory must be a memfd, hugetlbfs or POSIX shared memory",
-            },
-        )
-    })
-}
-
-fn map_fixed(at: u64, len_bytes: u64, flags: i32, fd: i32, offset: u64) -> Result<(), i32> {
-    let access = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: MAP_FIXED replaces part of a reservation made in the same call to GuestMemory::map, which nothing uses yet.
-    let got = unsafe { libc::mmap(at as *mut _, len_bytes as usize, access, flags, fd, offset as libc::off_t) };
-    if got == libc::MAP_FAILED {
-        return Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO));
-    }
-    Ok(())
+    let gib = extents.iter().map(|e| e.len_bytes as f64).sum::<f64>() / (1u64 << 30) as f64;
+    Err(Error::Refused(format!(
+        "cannot use guest memory of {gib:.1} GiB as a UMEM: the kernel takes at most {UMEM_CHUNKS_MAX} chunks of \
+         {PAGE_BYTES} bytes, just under 64 GiB; give the guest less memory"
+    )))
 }

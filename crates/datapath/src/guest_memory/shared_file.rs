@@ -4,8 +4,9 @@ use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64};
 
+use super::PAGE_BYTES;
+use super::mapping::Mapping;
 use super::region::{file_bytes, file_system};
-use super::{Mapping, PAGE_BYTES, map_fixed};
 use crate::error::HostError;
 
 /// Which piece of which file.
@@ -61,7 +62,8 @@ impl SharedFile {
         let file_start = spec.offset & !(PAGE_BYTES - 1);
         let len_bytes = (spec.offset - file_start + spec.size_bytes).next_multiple_of(PAGE_BYTES);
         let mapping = Mapping::reserve(len_bytes)?;
-        map_fixed(mapping.start(), len_bytes, libc::MAP_SHARED | libc::MAP_FIXED, spec.fd, file_start)
+        mapping
+            .map_file(mapping.start(), len_bytes, spec.fd, file_start)
             .map_err(|errno| failed(errno, "it must be a memfd that may be written"))?;
         let start = NonNull::new((mapping.start() + (spec.offset - file_start)) as *mut u8)
             .ok_or_else(|| failed(libc::EINVAL, "it was mapped at address zero"))?;

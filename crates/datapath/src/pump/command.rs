@@ -10,7 +10,7 @@ use crate::error::{Error, HostError, QueueFault};
 use crate::fd::EventFd;
 use crate::guest_memory::GuestMemory;
 use crate::virtqueue::WriteLog;
-use crate::xsk::{SharedFd, SocketParams};
+use crate::xsk::{SocketParams, Umem};
 
 /// One step for a pump. `tx` tells which virtqueue of the pair is meant: rx or tx.
 #[derive(Debug)]
@@ -19,10 +19,10 @@ pub enum Command {
     Attach {
         /// The socket, unbound.
         socket: OwnedFd,
-        /// The memory that becomes, or is, the UMEM.
+        /// The memory that becomes the UMEM, or of which the UMEM is a part.
         memory: Arc<GuestMemory>,
-        /// A socket that has registered it already.
-        umem_of: Option<SharedFd>,
+        /// The UMEM.
+        umem: Umem,
         /// What to bind to.
         params: SocketParams,
     },
@@ -36,6 +36,11 @@ pub enum Command {
     /// Let frames leave and close the socket. Its buffers stay ours until a virtqueue stops or a socket is attached:
     /// in zero-copy mode the NIC may still write to them, until its queue is seen free.
     Detach,
+    /// Buffers may lie in more memory from now on, in the arena of before.
+    SetMemory {
+        /// All of it.
+        memory: Arc<GuestMemory>,
+    },
     /// Run a virtqueue.
     Start {
         /// Which.

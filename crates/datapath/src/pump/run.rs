@@ -14,7 +14,7 @@ use crate::error::{Error, HostError, QueueFault};
 use crate::guest_memory::GuestMemory;
 use crate::packet::{PacketSocket, take_drops};
 use crate::stats::{Counts, DropReason, Published};
-use crate::xsk::{BindMode, FRAME_BYTES_MAX, SharedFd, SocketParams, XskSocket, statistics};
+use crate::xsk::{BindMode, FRAME_BYTES_MAX, SharedFd, SharedUmem, SocketParams, Umem, XskSocket, statistics};
 
 /// A stopping tx queue waits this long for its frames to leave before their socket is closed.
 const DRAIN_DEADLINE: Duration = Duration::from_millis(100);
@@ -32,8 +32,8 @@ const KICKS_TO_SUSPECT: u32 = 2;
 pub(crate) struct PumpView {
     pub rx: Published,
     pub tx: Published,
-    /// The attached AF_XDP socket, if any.
-    pub socket: Mutex<Option<SharedFd>>,
+    /// The attached AF_XDP socket, if any, and its UMEM.
+    pub socket: Mutex<Option<SharedUmem>>,
     /// The attached packet socket, if any.
     pub packet: Mutex<Option<SharedFd>>,
     /// Kernel drops of sockets that are closed by now.
@@ -50,10 +50,15 @@ impl PumpView {
             }
             *past
         };
-        if let Some(fd) = self.socket.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
-            drops.add(&kernel_drops(fd));
+        if let Some(umem) = self.shared_umem() {
+            drops.add(&kernel_drops(&umem.socket));
         }
         drops
+    }
+
+    /// The attached socket's UMEM, if there is one.
+    pub fn shared_umem(&self) -> Option<SharedUmem> {
+        self.socket.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -315,7 +320,8 @@ impl Pump {
 
     fn execute(&mut self, command: Command) -> Result<u64, Error> {
         match command {
-            Command::Attach { socket, memory, umem_of, params } => self.attach(socket, memory, umem_of, &params),
+            Command::Attach { socket, memory, umem, params } => self.attach(socket, memory, &umem, &params),
+            Command::SetMemory { memory } => Ok(self.set_memory(&memory)),
             Command::AttachPacket { socket, frame_max } => self.attach_packets(socket, frame_max),
             // Virtqueues that were not stopped before the end are left as a crash would leave them.
             Command::Detach | Command::Quit => Ok(self.detach()),
@@ -339,33 +345,35 @@ impl Pump {
         &mut self,
         socket: std::os::fd::OwnedFd,
         memory: Arc<GuestMemory>,
-        umem_of: Option<SharedFd>,
+        umem: &Umem,
         params: &SocketParams,
     ) -> Result<u64, Error> {
-        self.make_way()?;
-        let xsk = XskSocket::bind(socket, &memory, umem_of.as_ref(), params)?;
+        self.refuse_second_socket()?;
+        // In zero-copy mode this is also the proof that no NIC writes to the buffers of a socket before, if that was on the
+        // same queue: the kernel binds nothing to a queue that another socket still has.
+        let xsk = XskSocket::bind(socket, &memory, umem, params)?;
+        self.reclaim();
         let mode = xsk.mode();
         self.flight.start(mode);
-        *self.view.socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(xsk.shared_fd());
+        *self.view.socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(xsk.shared_umem());
         self.xsk = Some(xsk);
         self.memory = Some(memory);
         Ok(u64::from(mode == BindMode::ZeroCopy))
     }
 
     fn attach_packets(&mut self, socket: std::os::fd::OwnedFd, frame_max: u32) -> Result<u64, Error> {
-        self.make_way()?;
+        self.refuse_second_socket()?;
         let socket = PacketSocket::open(socket, frame_max)?;
+        self.reclaim();
         *self.view.packet.lock().unwrap_or_else(PoisonError::into_inner) = Some(socket.shared_fd());
         self.packet = Some(PacketPump::new(socket, frame_max));
         Ok(0)
     }
 
-    /// Refuses a second socket, and ends what the last one left.
-    fn make_way(&mut self) -> Result<(), Error> {
+    fn refuse_second_socket(&self) -> Result<(), Error> {
         if self.xsk.is_some() || self.packet.is_some() {
             return Err(Error::Refused(format!("queue pair {} has a socket already; detach it first", self.pair)));
         }
-        self.reclaim();
         Ok(())
     }
 
@@ -374,8 +382,8 @@ impl Pump {
         self.drain();
         if let Some(xsk) = self.xsk.take() {
             let shared = self.view.socket.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some(fd) = shared {
-                let drops = kernel_drops(&fd);
+            if let Some(umem) = shared {
+                let drops = kernel_drops(&umem.socket);
                 self.view.past_kernel_drops.lock().unwrap_or_else(PoisonError::into_inner).add(&drops);
             }
             // Unmaps the rings, then closes: after that the kernel writes no guest memory in copy mode.
@@ -388,6 +396,20 @@ impl Pump {
             drop(packet);
         }
         self.memory = None;
+        0
+    }
+
+    /// Lets the virtqueues find buffers in more memory.
+    fn set_memory(&mut self, memory: &Arc<GuestMemory>) -> u64 {
+        if let Some(rx) = &mut self.rx {
+            rx.vring.queue.set_memory(Arc::clone(memory));
+        }
+        if let Some(tx) = &mut self.tx {
+            tx.vring.queue.set_memory(Arc::clone(memory));
+        }
+        if let Some(socket_memory) = &mut self.memory {
+            *socket_memory = Arc::clone(memory);
+        }
         0
     }
 

@@ -270,6 +270,9 @@ impl Rx {
         if !rules.direct || rules.rx_write_before > self.vring.header_len {
             return Err(BounceReason::DriverUnproven);
         }
+        if frame >= xsk.umem_end {
+            return Err(BounceReason::Unregistered);
+        }
         if !rules.write_stays_inside(frame, room) {
             return Err(BounceReason::ShortBuffer);
         }

@@ -305,6 +305,8 @@ fn judge(vring: &Vring, pieces: &[Segment], len: u32, xsk: &XskSocket, flight: &
         Verdict::Drop(DropReason::Oversize)
     } else if !rules.direct {
         Verdict::Bounce(BounceReason::DriverUnproven)
+    } else if pieces.iter().any(|piece| piece.addr >= xsk.umem_end) {
+        Verdict::Bounce(BounceReason::Unregistered)
     } else if len < rules.tx_frame_min {
         Verdict::Bounce(BounceReason::ShortFrame)
     } else if pieces.len() > rules.tx_pieces_max {

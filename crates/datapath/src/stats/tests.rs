@@ -20,6 +20,7 @@ fn test_names_are_in_step_with_the_variants() {
         ShortBuffer: "short_buffer",
         SplitBuffer: "split_buffer",
         NotContiguous: "not_contiguous",
+        Unregistered: "unregistered",
         DriverUnproven: "driver_unproven",
         Shifted: "shifted",
         ShortFrame: "short_frame",

@@ -163,6 +163,12 @@ impl SplitQueue {
         self.memory.load_u16(self.avail.plus(RING_HEADER_BYTES + 2 * slot), Ordering::Relaxed)
     }
 
+    /// Buffers may lie in more memory from now on.
+    pub fn set_memory(&mut self, memory: Arc<GuestMemory>) {
+        assert!(memory.is_same_arena(&self.memory), "a running queue's addresses keep their meaning");
+        self.memory = memory;
+    }
+
     /// Logs writes from now on, or no longer. All that was written before is in the log before.
     pub fn set_log(&mut self, log: Option<WriteLog>) {
         debug_assert_eq!(self.used_idx, self.next_used, "what is written but not published is not logged yet");

@@ -17,8 +17,8 @@ mod tests;
 pub use rules::{Contiguity, DriverRules};
 
 pub use socket::{
-    BindMode, COMPLETION_RING_DESCS, RX_RING_DESCS, SharedFd, SocketParams, Statistics, TX_RING_DESCS, XskSocket,
-    statistics,
+    BindMode, COMPLETION_RING_DESCS, RX_RING_DESCS, SharedFd, SharedUmem, SocketParams, Statistics, TX_RING_DESCS,
+    Umem, XskSocket, register_umem, statistics,
 };
 
 use crate::guest_memory::{PAGE_BYTES, UmemAddr};

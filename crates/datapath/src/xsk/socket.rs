@@ -56,6 +56,29 @@ pub struct SocketParams {
 /// `None` once closed.
 pub type SharedFd = Arc<Mutex<Option<OwnedFd>>>;
 
+/// A UMEM that another socket may share.
+#[derive(Debug, Clone)]
+pub struct SharedUmem {
+    /// A socket that has it.
+    pub socket: SharedFd,
+    /// All guest memory below this address is in it.
+    pub end: UmemAddr,
+}
+
+/// Where a socket's UMEM comes from.
+#[derive(Debug)]
+pub enum Umem {
+    /// It is to be registered: all of guest memory.
+    New,
+    /// [`register_umem`] has registered it on this socket, when guest memory ended here.
+    Registered {
+        /// All guest memory below this address is in it.
+        end: UmemAddr,
+    },
+    /// That of another socket.
+    Of(SharedUmem),
+}
+
 /// XDP_STATISTICS: what the kernel dropped, since the socket was made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Statistics {
@@ -75,6 +98,8 @@ pub struct Statistics {
 pub struct XskSocket {
     pub(crate) layout: UmemLayout,
     pub(crate) rules: DriverRules,
+    /// Guest memory from here on is not in the UMEM: it was added after that was registered.
+    pub(crate) umem_end: UmemAddr,
     mode: BindMode,
     fill: Producer<u64>,
     completion: Consumer<u64>,
@@ -117,23 +142,22 @@ impl Drop for ClosingFd {
 }
 
 impl XskSocket {
-    /// Registers the UMEM, or shares that of `umem_of`; makes and maps the rings; binds.
+    /// Registers the UMEM if there is none yet; makes and maps the rings; binds.
     ///
     /// While the queue's last socket is being torn down, bind is tried again for a while.
     ///
     /// # Errors
     /// Each failing system call, with what to try.
-    pub fn bind(
-        fd: OwnedFd,
-        memory: &GuestMemory,
-        umem_of: Option<&SharedFd>,
-        params: &SocketParams,
-    ) -> Result<Self, Error> {
+    pub fn bind(fd: OwnedFd, memory: &GuestMemory, umem: &Umem, params: &SocketParams) -> Result<Self, Error> {
         let raw_fd = fd.as_raw_fd();
         let deadline = Instant::now() + BIND_DEADLINE;
-        if umem_of.is_none() {
-            until(deadline, libc::ENOBUFS, || register_umem(raw_fd, memory, params.layout).map_err(Error::from))?;
-        }
+        let umem_end = match umem {
+            Umem::New => {
+                until(deadline, libc::ENOBUFS, || register_umem(&fd, memory, params.layout).map_err(Error::from))?;
+                memory.end()
+            }
+            Umem::Registered { end } | Umem::Of(SharedUmem { end, .. }) => *end,
+        };
         for (option, descs) in [
             (libc::XDP_UMEM_FILL_RING, RX_RING_DESCS),
             (libc::XDP_UMEM_COMPLETION_RING, COMPLETION_RING_DESCS),
@@ -145,7 +169,7 @@ impl XskSocket {
         raise_tx_budget(raw_fd)?;
         let offsets: libc::xdp_mmap_offsets = get_option(raw_fd, libc::XDP_MMAP_OFFSETS)?;
         let rings = Rings::map(raw_fd, &offsets)?;
-        until(deadline, libc::EBUSY, || bind_queue(raw_fd, umem_of, params))?;
+        until(deadline, libc::EBUSY, || bind_queue(raw_fd, umem, params))?;
         let mode = bound_mode(raw_fd)?;
         if mode != params.mode {
             return Err(Error::Refused(format!(
@@ -160,15 +184,22 @@ impl XskSocket {
                 return Err(Error::Refused("zero-copy mode needs the driver's rules: guest memory is at stake".into()));
             }
         };
-        Ok(Self::over(rings, fd, mode, params.layout, rules))
+        Ok(Self::over(rings, fd, mode, params.layout, rules, umem_end))
     }
 
     /// A socket from its parts.
-    pub(super) fn over(rings: Rings, fd: OwnedFd, mode: BindMode, layout: UmemLayout, rules: DriverRules) -> Self {
+    pub(super) fn over(
+        rings: Rings,
+        fd: OwnedFd,
+        mode: BindMode,
+        layout: UmemLayout,
+        rules: DriverRules,
+        umem_end: UmemAddr,
+    ) -> Self {
         let Rings { fill, completion, rx, tx } = rings;
         let raw_fd = fd.as_raw_fd();
         let fd = ClosingFd(Arc::new(Mutex::new(Some(fd))));
-        Self { layout, rules, mode, fill, completion, rx, tx, raw_fd, fd }
+        Self { layout, rules, umem_end, mode, fill, completion, rx, tx, raw_fd, fd }
     }
 
     /// How it was bound, as the kernel says (XDP_OPTIONS).
@@ -181,9 +212,9 @@ impl XskSocket {
         self.raw_fd
     }
 
-    /// The descriptor, for statistics and for sockets that share the UMEM.
-    pub fn shared_fd(&self) -> SharedFd {
-        Arc::clone(&self.fd.0)
+    /// The descriptor, for statistics, and the UMEM, for sockets that share it.
+    pub fn shared_umem(&self) -> SharedUmem {
+        SharedUmem { socket: Arc::clone(&self.fd.0), end: self.umem_end }
     }
 
     /// Room in the fill ring, at least `wanted` if there is that much.
@@ -324,7 +355,12 @@ fn raise_tx_budget(fd: RawFd) -> Result<(), HostError> {
     }
 }
 
-fn register_umem(fd: RawFd, memory: &GuestMemory, layout: UmemLayout) -> Result<(), HostError> {
+/// Makes all of guest memory a socket's UMEM. The kernel pins it, which takes time; other sockets and the threads that
+/// use the memory go on meanwhile.
+///
+/// # Errors
+/// The memlock limit, or memory that cannot be pinned.
+pub fn register_umem(fd: &OwnedFd, memory: &GuestMemory, layout: UmemLayout) -> Result<(), HostError> {
     let reg = libc::xdp_umem_reg {
         addr: memory.base().as_ptr() as u64,
         len: memory.len_bytes(),
@@ -334,8 +370,13 @@ fn register_umem(fd: RawFd, memory: &GuestMemory, layout: UmemLayout) -> Result<
         tx_metadata_len: 0,
     };
     let mib = memory.len_bytes() >> 20;
-    set_option(fd, libc::XDP_UMEM_REG, &reg, &format!("cannot register {mib} MiB of guest memory as a UMEM"), |errno| {
-        match errno {
+    let raw_fd = fd.as_raw_fd();
+    set_option(
+        raw_fd,
+        libc::XDP_UMEM_REG,
+        &reg,
+        &format!("cannot register {mib} MiB of guest memory as a UMEM"),
+        |errno| match errno {
             libc::ENOBUFS => {
                 "the memlock limit is too small: raise it above the guest's memory (ulimit -l, LimitMEMLOCK=) \
                  or leave CAP_IPC_LOCK to mpassthru"
@@ -343,12 +384,15 @@ fn register_umem(fd: RawFd, memory: &GuestMemory, layout: UmemLayout) -> Result<
             libc::EFAULT => "memory on a disk file cannot be pinned: use memfd, hugetlbfs or POSIX shared memory",
             libc::ENOMEM => "not enough free memory to pin all of the guest: give it less, or free some",
             _ => "this kernel does not take unaligned chunks (Linux 5.4 or later does)",
-        }
-    })
+        },
+    )
 }
 
-fn bind_queue(fd: RawFd, umem_of: Option<&SharedFd>, params: &SocketParams) -> Result<(), Error> {
-    let guard = umem_of.map(|fd| fd.lock().unwrap_or_else(PoisonError::into_inner));
+fn bind_queue(fd: RawFd, umem: &Umem, params: &SocketParams) -> Result<(), Error> {
+    let guard = match umem {
+        Umem::Of(shared) => Some(shared.socket.lock().unwrap_or_else(PoisonError::into_inner)),
+        Umem::New | Umem::Registered { .. } => None,
+    };
     let owner = match &guard {
         Some(guard) => {
             Some(guard.as_ref().ok_or_else(|| Error::Refused("the shared UMEM's socket was closed".into()))?)

@@ -88,7 +88,8 @@ impl TestKernel {
         };
         let offsets = libc::xdp_mmap_offsets { rx: OFFSETS, tx: OFFSETS, fr: OFFSETS, cr: OFFSETS };
         let rules = DriverRules::copy_mode(layout.frame_max, PIECES_MAX);
-        let socket = XskSocket::over(Rings::map(fd, &offsets).unwrap(), socket.into(), mode, layout, rules);
+        let socket =
+            XskSocket::over(Rings::map(fd, &offsets).unwrap(), socket.into(), mode, layout, rules, memory.end());
         (kernel, socket)
     }
 
@@ -117,6 +118,7 @@ impl TestKernel {
         let Some(fill) = self.allocate() else { return Received::NoBuffer };
         let offset = self.layout.frame_offset() + shift;
         let at = UmemAddr(fill + offset);
+        assert!(at < self.memory.end(), "a frame at {at:?} would be in pages that are no longer the guest's");
         self.memory.write(at, frame);
         if self.rx.free(1) == 0 {
             self.free_list.push(fill);

@@ -10,7 +10,7 @@ use crate::fixture::{memfd, specs};
 const GIB: u64 = 1 << 30;
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
-fn maps() -> String {
+pub(super) fn maps() -> String {
     std::fs::read_to_string("/proc/self/maps").unwrap()
 }
 
@@ -26,7 +26,7 @@ fn mappings() -> Vec<(u64, u64, String)> {
 }
 
 /// Bytes of `memory`'s range that are mapped for reading and writing.
-fn accessible_bytes(memory: &GuestMemory) -> u64 {
+pub(super) fn accessible_bytes(memory: &GuestMemory) -> u64 {
     let start = memory.base().as_ptr() as u64;
     let end = start + memory.len_bytes();
     let usable = |access: &str| access.starts_with("rw");
@@ -51,7 +51,7 @@ fn assert_packed(memory: &GuestMemory) {
 }
 
 /// Asserts that what the driver writes at the edges of each region is what the data path reads there.
-fn assert_shared(guest: &vmm::GuestMemory, memory: &GuestMemory) {
+pub(super) fn assert_shared(guest: &vmm::GuestMemory, memory: &GuestMemory) {
     for (number, region) in guest.regions().iter().enumerate() {
         let last = region.config().size_bytes - 8;
         for offset in [0, 8, (last / 2) & !7, last] {
@@ -64,7 +64,7 @@ fn assert_shared(guest: &vmm::GuestMemory, memory: &GuestMemory) {
     }
 }
 
-fn free_huge_pages() -> u64 {
+pub(super) fn free_huge_pages() -> u64 {
     let text = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap_or_default();
     text.trim().parse().unwrap_or(0)
 }
@@ -143,9 +143,6 @@ fn test_huge_pages_come_first_and_are_aligned() {
         let memory = GuestMemory::map(&specs(&guest), slab_bytes).unwrap();
         assert_packed(&memory);
         assert_shared(&guest, &memory);
-        let reserved = memory._reservation.start()..memory._reservation.start() + memory._reservation.len_bytes as u64;
-        let last = memory.base().as_ptr() as u64 + memory.len_bytes() - 1;
-        assert!(reserved.contains(&last), "nothing is mapped outside the reservation");
     }
 }
 
@@ -226,11 +223,10 @@ fn test_a_failure_half_way_leaves_nothing_mapped() {
     let message = refused(&[region(&file, 0, 40 * GIB, 0), region(&read_only, 64 * GIB, PAGE_BYTES, 0)]);
     assert!(message.contains("EACCES") && message.contains("read-only"), "{message}");
     assert!(!maps().contains("memfd:half-way"));
-    // The other tests of this process reserve at most 64 GiB, by another file's name.
-    let leaked = mappings()
-        .into_iter()
-        .find(|(start, end, access)| access.starts_with("---") && (38 * GIB..42 * GIB).contains(&(end - start)));
-    assert_eq!(leaked, None);
+    // Each reserves almost 64 GiB of addresses, of which a process has 128 TiB.
+    for _ in 0..2500 {
+        assert!(refused(&[region(&read_only, 0, PAGE_BYTES, 0)]).contains("read-only"));
+    }
 }
 
 #[test]

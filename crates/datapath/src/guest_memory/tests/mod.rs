@@ -3,6 +3,7 @@
 mod access;
 mod arena;
 mod dirty_log;
+mod grow;
 mod translate;
 
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -3,6 +3,7 @@
 mod commands;
 mod crash;
 mod faults;
+mod memory;
 mod thread;
 
 use std::sync::Arc;
@@ -43,7 +44,10 @@ struct Bench {
 
 impl Bench {
     fn new(poll: PollMode) -> Self {
-        let guest = Guest::of_pages(64);
+        Self::of(Guest::of_pages(64), poll)
+    }
+
+    fn of(guest: Guest, poll: PollMode) -> Self {
         let (commands, events) = (Arc::new(CommandQueue::new().unwrap()), Arc::new(EventQueue::new().unwrap()));
         let view = Arc::new(PumpView::default());
         let pump = Pump::new(0, poll, Arc::clone(&commands), Arc::clone(&events), view);
@@ -55,7 +59,7 @@ impl Bench {
     fn attach(&mut self) -> TestKernel {
         let (kernel, xsk) = TestKernel::bind(&self.guest.memory, UmemLayout::for_frames(1524).unwrap(), BindMode::Copy);
         self.pump.flight.start(BindMode::Copy);
-        *self.pump.view.socket.lock().unwrap() = Some(xsk.shared_fd());
+        *self.pump.view.socket.lock().unwrap() = Some(xsk.shared_umem());
         self.pump.xsk = Some(xsk);
         self.pump.memory = Some(Arc::clone(&self.guest.memory));
         kernel
