@@ -31,11 +31,12 @@ from mpassthru.testing.migration import Migration, MigrationResult, differing_pa
 from mpassthru.testing.netns import Namespace
 from mpassthru.testing.qemu import QemuGuest
 from mpassthru.testing.qemu_config import GuestConfig, GuestNic, TapBackend, VhostUserBackend
-from mpassthru.testing.scenario_qemu import Peer, configure_interface, random_file
+from mpassthru.testing.scenario_qemu import Peer, configure_interface, ping, random_file
 from mpassthru.testing.streams import StreamFigures, Streams, running_streams
 
 PEER_ADDRESS = "10.77.0.1"
 GUEST_ADDRESS = "10.77.0.2"
+ETHERTYPE_ARP, ETHERTYPE_RARP = 0x0806, 0x8035
 MEMORY_MIB = 192
 HOSTS = 2
 SLOW_BYTES_PER_S = 32 << 20
@@ -116,7 +117,7 @@ async def travelling(places: list[GuestConfig], wire: Namespace, folder: Path) -
 
 def place(backend: VhostUserBackend | TapBackend, namespace: Namespace) -> GuestConfig:
     nic = GuestNic(backend=backend)
-    return GuestConfig(kernel=find_kernel(), nics=(nic,), memory_mib=MEMORY_MIB, namespace=namespace)
+    return GuestConfig(kernel=find_kernel(), nics=(nic,), memory_mib=MEMORY_MIB, odd_memory=True, namespace=namespace)
 
 
 @dataclass
@@ -233,12 +234,12 @@ async def test_pages_that_were_written_unmarked_would_be_seen(tmp_path: Path, ma
         connection = await resources.enter_async_context(unread_connection(guest, peer))
         there = await resources.enter_async_context(QemuGuest(replace(hosts.place(1), incoming=True)))
 
-        migration = Migration(guest, there)
+        migration = Migration(guest, there, paused=True)
         await migration.begin(tmp_path / "migration.sock", bandwidth_bytes_per_s=SLOW_BYTES_PER_S)
         await migration.hold(COPIED_SHARE)
         sending = asyncio.create_task(asyncio.get_running_loop().sock_sendall(connection, late))
         await until_acked(connection, ACKED_BYTES)
-        await migration.finish(paused=True)
+        await migration.finish()
         pages = differing_pages(guest, there)
         assert relay.lost_logs == (1 if marks == "lost" else 0)
         assert (pages != []) == (marks == "lost")
@@ -252,6 +253,46 @@ async def test_pages_that_were_written_unmarked_would_be_seen(tmp_path: Path, ma
             answer = await there.run("sha256sum /tmp/late")
             assert answer.output.split()[0] == hashlib.sha256(late).hexdigest()
         sending.cancel()
+
+
+def heard(wire: Namespace, ethertype: int) -> socket.socket:
+    """A socket that hears all frames of one kind that reach the peer."""
+    with wire.entered():
+        listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ethertype))
+        listener.bind((wire.ifname, ethertype))
+    listener.setblocking(False)
+    return listener
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("announcer", ["guest", "port"])
+async def test_network_hears_where_the_guest_is_now(tmp_path: Path, announcer: str) -> None:
+    """A guest with VIRTIO_NET_F_GUEST_ANNOUNCE says so by itself; for any other QEMU asks the port to (SEND_RARP)."""
+    properties = {"guest_announce": "on" if announcer == "guest" else "off"}
+    async with AsyncExitStack() as resources:
+        hosts = await resources.enter_async_context(two_hosts(tmp_path))
+        nic = hosts.place(0).nics[0]
+        places = [replace(place, nics=(replace(place.nics[0], properties=properties),)) for place in hosts.places()]
+        hosts.wire.run("ip", "address", "add", f"{PEER_ADDRESS}/24", "dev", hosts.wire.ifname)
+        guest = await resources.enter_async_context(QemuGuest(places[0]))
+        await configure_interface(guest, f"{GUEST_ADDRESS}/24")
+        await ping(guest, PEER_ADDRESS, count=1)
+        there = await resources.enter_async_context(QemuGuest(replace(places[1], incoming=True)))
+        listener = resources.enter_context(heard(hosts.wire, ETHERTYPE_ARP if announcer == "guest" else ETHERTYPE_RARP))
+        migration = Migration(guest, there)
+        await migration.begin(tmp_path / "migration.sock")
+        await migration.finish()
+        async with asyncio.timeout(10):
+            while not is_announcement(await asyncio.get_running_loop().sock_recv(listener, 2048), nic.mac):
+                pass
+
+
+def is_announcement(frame: bytes, mac: str) -> bool:
+    """Whether a station asks everybody for its own address (RFC 903, RFC 5227)."""
+    ours = bytes.fromhex(mac.replace(":", ""))
+    sender, asked = frame[22:32], frame[32:42]
+    is_rarp = int.from_bytes(frame[12:14], "big") == ETHERTYPE_RARP
+    return frame[:12] == b"\xff" * 6 + ours and (sender == asked if is_rarp else sender[6:] == asked[6:])
 
 
 @pytest.mark.slow

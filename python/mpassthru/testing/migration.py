@@ -43,12 +43,20 @@ class Migration:
     The source keeps its memory, and its connections to back-ends, until its own block ends.
     """
 
-    def __init__(self, source: QemuGuest, destination: QemuGuest) -> None:
+    def __init__(self, source: QemuGuest, destination: QemuGuest, *, paused: bool = False) -> None:
+        """From a running guest to a QEMU that waits for it (`GuestConfig.incoming`).
+
+        Args:
+            source: Where the guest runs.
+            destination: Where it will.
+            paused: Leave it stopped there; QMP's `cont` goes on.
+        """
         self.source = source
         self.destination = destination
+        self._paused = paused
 
     async def begin(self, socket_path: Path, *, bandwidth_bytes_per_s: int = _FULL_BYTES_PER_S) -> None:
-        """Start sending the memory of a running guest to a QEMU that waits for it (`GuestConfig.incoming`).
+        """Start sending the guest's memory.
 
         Args:
             socket_path: For the connection between the two; QEMU removes it afterwards.
@@ -59,6 +67,8 @@ class Migration:
         """
         for end in (self.source, self.destination):
             await end.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        if self._paused:
+            await self.destination.qmp.execute("stop")
         await self._limit(bandwidth_bytes_per_s)
         uri = f"unix:{socket_path}"
         await self.destination.qmp.execute("migrate-incoming", uri=uri)
@@ -80,23 +90,20 @@ class Migration:
                 await asyncio.sleep(0.005)  # QEMU tells nobody
         raise ChildError(f"the migration is over before it could be held: {answer}")
 
-    async def finish(self, *, paused: bool = False, timeout_s: float = 60.0) -> MigrationResult:
+    async def finish(self, *, timeout_s: float = 60.0) -> MigrationResult:
         """Send at full speed, and wait until the guest runs at the destination.
 
         Args:
-            paused: Leave the guest stopped at the destination; QMP's `cont` goes on.
             timeout_s: How long it may take.
 
         Raises:
             ChildError: the migration failed, or one of the two ended.
             TimeoutError: it did not end in time.
         """
-        if paused:
-            await self.destination.qmp.execute("stop")
         await self._limit(_FULL_BYTES_PER_S)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._completed(paused=paused)
+                await self._completed()
         except TimeoutError:
             status = await self.source.qmp.execute("query-migrate")
             raise TimeoutError(f"the migration has not ended after {timeout_s:g} s: {status}") from None
@@ -111,23 +118,22 @@ class Migration:
     async def _limit(self, bandwidth_bytes_per_s: int) -> None:
         await self.source.qmp.execute("migrate-set-parameters", max_bandwidth=bandwidth_bytes_per_s)
 
-    async def _completed(self, *, paused: bool) -> None:
+    async def _completed(self) -> None:
         while (status := (await self.source.qmp.wait_event("MIGRATION"))["data"]["status"]) != "completed":
             if status in ("failed", "cancelled"):
                 answer = await self.source.qmp.execute("query-migrate")
                 raise ChildError(f"the migration {status}: {answer.get('error-desc', 'QEMU gives no reason')}")
         while (await self.destination.qmp.wait_event("MIGRATION"))["data"]["status"] != "completed":
             pass
-        if not paused:
+        if not self._paused:
             await self.destination.qmp.wait_event("RESUME")
 
 
 def differing_pages(one: QemuGuest, other: QemuGuest) -> list[int]:
     """Compare the memory of two stopped guests; returns the numbers of the pages that differ.
 
-    Pages are counted from the start of the memory's file. QEMU's devices change nothing while a guest is stopped. Let
-    the guest's CPUs be idle for an exact comparison: without KVM, on a busy host, QEMU 7.2 itself misses one of their
-    writes now and then, on tap as well.
+    Pages are counted from the start of the memory's file. QEMU's devices change nothing while a guest is stopped, and
+    what its CPUs wrote is all there: see `GuestConfig.odd_memory`.
 
     Raises:
         ChildError: one has no memory of its own, or not as much as the other.

@@ -93,6 +93,9 @@ class GuestConfig:
         kernel: The guest's kernel.
         nics: Its network interfaces.
         memory_mib: Its memory, in MiB, shared with back-ends.
+        odd_memory: 8 KiB more, for a guest that migrates. QEMU before 9.0 without KVM loses writes of the guest's CPUs
+            while it copies memory whose size is a multiple of 256 KiB: taking the bits of many pages at once, it
+            forgets to tell the CPUs (fixed by "physmem: Fix migration dirty bitmap coherency with TCG memory access").
         cpus: Its virtual CPUs.
         hugepages: Take its memory from 2 MiB huge pages, which must be free.
         accelerator: `auto` is KVM where guests really run under it, else TCG.
@@ -107,6 +110,7 @@ class GuestConfig:
     kernel: GuestKernel
     nics: Sequence[GuestNic] = ()
     memory_mib: int = 512
+    odd_memory: bool = False
     cpus: int = 2
     hugepages: bool = False
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
@@ -120,12 +124,13 @@ class GuestConfig:
 
 def qemu_arguments(config: GuestConfig, *, accelerator: Accelerator, initramfs: str) -> list[str]:
     """Return QEMU's command line for a guest, but for its connections to us."""
-    memory = f"memory-backend-memfd,id=memory,size={config.memory_mib}M,share=on"
+    size = f"{config.memory_mib * 1024 + (8 if config.odd_memory else 0)}K"
+    memory = f"memory-backend-memfd,id=memory,size={size},share=on"
     if config.hugepages:
         memory += ",hugetlb=on,hugetlbsize=2M"
     arguments = [config.qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     arguments += ["-machine", "q35,memory-backend=memory", "-object", memory]
-    arguments += ["-m", f"{config.memory_mib}M", "-smp", str(config.cpus)]
+    arguments += ["-m", size, "-smp", str(config.cpus)]
     arguments += _ACCELERATOR[accelerator]
     arguments += ["-kernel", str(config.kernel.image), "-initrd", initramfs]
     arguments += ["-append", "console=ttyS0 quiet panic=-1", "-serial", "stdio"]

@@ -59,6 +59,11 @@ class Vring:
         return bool(self.features & VirtioFeature.VHOST_F_LOG_ALL)
 
     @property
+    def is_logged(self) -> bool:
+        """Whether anything that is written is logged."""
+        return self.log_buffers or self.log_used_address is not None
+
+    @property
     def log_used_address(self) -> int | None:
         """Where writes to the used ring are logged; None if they are not."""
         return self.log_guest_address if self.flags & VHOST_VRING_F_LOG else None

@@ -33,6 +33,8 @@ from mpassthru.worker.socket_renewal import SocketRenewal
 
 FRAME_MIN_BYTES: Final = 60
 ETHERTYPE_RARP: Final = 0x8035
+LOGGED_PAGE_BYTES: Final = 4096
+"""A bit of the migration log stands for so much memory (vhost-user.rst, "Migration")."""
 DESCRIPTOR_BYTES: Final = 16
 AVAIL_HEADER_BYTES: Final = 4
 """VIRTIO 1.3 sections 2.7.5 and 2.7.6."""
@@ -110,7 +112,10 @@ class PortDevice:
         self._records = records
         self._running: dict[int, Vring] = {}
         self._regions: tuple[MemoryRegion, ...] = ()
-        self._has_log = False
+        self._announced_later: bytes | None = None
+        """An address that could not be announced yet."""
+        self._log_bytes = 0
+        """Size of the migration log; 0 while there is none."""
         self._unlogged = False
         """A virtqueue ran with logging on while there was no log: QEMU sends it after the start."""
         self._locked_bytes = 0
@@ -149,9 +154,9 @@ class PortDevice:
             RefusedError: it has no room for all of guest memory.
         """
         self._engine.map_log(fd, size_bytes, mmap_offset)
-        self._has_log = fd >= 0
+        self._log_bytes = size_bytes
         await self._log_running()
-        if self._has_log and self._unlogged:
+        if self._log_bytes and self._unlogged:
             self._unlogged = False
             if self._regions:
                 self._engine.mark_all()
@@ -181,7 +186,14 @@ class PortDevice:
         self._note_unlogged(vring)
 
     def _note_unlogged(self, vring: Vring) -> None:
-        self._unlogged |= not self._has_log and (vring.log_buffers or vring.log_used_address is not None)
+        self._unlogged |= not self._log_bytes and vring.is_logged
+
+    def _check_log(self, regions: Sequence[MemoryRegion]) -> None:
+        """Front-ends make more room in the log before they add memory (vhost-user.rst, "Migration")."""
+        last_page = max(region.guest_phys_address + region.size_bytes - 1 for region in regions) // LOGGED_PAGE_BYTES
+        logged = any(vring.is_logged for vring in self._running.values())
+        if logged and self._log_bytes and last_page // 8 >= self._log_bytes:
+            raise RefusedError("the migration log has no room for the memory that is added")
 
     async def map_memory(self, regions: Sequence[MemoryRegion]) -> None:
         """Replace the guest's memory; sockets are closed first, for they pin the old one.
@@ -198,15 +210,18 @@ class PortDevice:
         self._engine.map_memory(core_regions(regions))
         self._regions = tuple(regions)
         if not regions:
+            self._announced_later = None  # that guest is gone
             await self._reserve(())
 
     async def add_memory(self, regions: Sequence[MemoryRegion]) -> bool:
         """Add to the guest's memory while virtqueues run; frames in it are copied until their socket is a newer one.
 
         Raises:
-            RefusedError: the memlock limit or the budget does not allow so much memory, or the kernel cannot take it.
+            RefusedError: the memlock limit or the budget does not allow so much memory, the kernel cannot take it, or
+                writes to it could not be logged.
             HostError: a region cannot be mapped.
         """
+        self._check_log(regions)
         every = (*self._regions, *regions)
         await self._reserve(every)
         try:
@@ -239,6 +254,8 @@ class PortDevice:
             self._on_resumed(index, resumed)
         if first:
             self._on_running(True)
+        if self._announced_later is not None:
+            await self.send_rarp(self._announced_later)
 
     def _recorded(self, index: int, vring: Vring) -> Vring:
         """The vring with a record of what is in flight: the front-end's, or else ours."""
@@ -301,10 +318,14 @@ class PortDevice:
             )
 
     async def send_rarp(self, mac: bytes) -> None:
-        """Announce the guest's address to the network after a migration (vhost-user.rst, VHOST_USER_SEND_RARP)."""
+        """Announce the guest's address to the network after a migration (vhost-user.rst, VHOST_USER_SEND_RARP).
+
+        QEMU asks before it starts the guest too: then it goes out as soon as there is a socket.
+        """
         if not self._engine.socket_attached(0):
-            self._notice("cannot announce the guest's address: no socket is attached yet")
+            self._announced_later = mac
             return
+        self._announced_later = None
         try:
             await self._engine.send_frame(0, rarp_frame(mac))
         except MpassthruError as error:

@@ -29,7 +29,7 @@ def nic_config(backend: VhostUserBackend | TapBackend, **properties: str) -> Gue
 
 def test_memory_is_shared_with_back_ends() -> None:
     config = GuestConfig(kernel=KERNEL, memory_mib=256)
-    assert options(config, "-object") == ["memory-backend-memfd,id=memory,size=256M,share=on"]
+    assert options(config, "-object") == ["memory-backend-memfd,id=memory,size=262144K,share=on"]
     assert options(config, "-machine") == ["q35,memory-backend=memory"]
 
 

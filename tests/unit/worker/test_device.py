@@ -499,6 +499,22 @@ async def test_queues_that_start_with_a_log_there_do_not_mark_everything(bench: 
     assert bench.engine.calls[-2:] == ["log-fd True", "vring-log 0 False 12288"]
 
 
+async def test_memory_that_the_log_has_no_room_for_is_not_added(bench: Bench) -> None:
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 8192)
+    await bench.device.map_memory([MemoryRegion(0, 4096, 0, 0, fd)])
+    await bench.device.set_log(0, 1, 0)
+    await bench.device.start_vring(0, replace(VRING, features=int(VirtioFeature.VHOST_F_LOG_ALL)))
+    more = [MemoryRegion(7 * 4096, 4096, 7 * 4096, 4096, fd)], [MemoryRegion(8 * 4096, 4096, 8 * 4096, 4096, fd)]
+
+    await bench.device.add_memory(more[0])
+    with pytest.raises(RefusedError, match="no room"):
+        await bench.device.add_memory(more[1])
+    await bench.device.log_writes(False)
+    await bench.device.add_memory(more[1])
+    os.close(fd)
+
+
 async def test_mtu_beyond_the_interfaces_is_refused_with_the_way_out(bench: Bench) -> None:
     await bench.device.set_mtu(1500)
 
@@ -523,11 +539,24 @@ async def test_rarp_that_cannot_be_sent_is_said_and_ends_nothing(bench: Bench) -
     assert bench.notices[-1] == "cannot announce the guest's address: cannot send: the tx ring is full"
 
 
-async def test_rarp_without_a_socket_is_said_not_lost_silently(bench: Bench) -> None:
+async def test_rarp_goes_out_once_when_there_is_a_socket(bench: Bench) -> None:
+    """QEMU asks for it before it starts the guest."""
     await bench.device.send_rarp(MAC)
-
     assert bench.engine.calls == []
-    assert "cannot announce" in bench.notices[0]
+
+    await bench.device.start_vring(0, VRING)
+    await bench.device.start_vring(1, VRING)
+
+    assert bench.engine.calls == ["attach 0", "start 0", f"send 0 {rarp_frame(MAC).hex()}", "start 1"]
+
+
+async def test_rarp_of_a_guest_that_has_gone_is_forgotten(bench: Bench) -> None:
+    await bench.device.send_rarp(MAC)
+    await bench.device.map_memory([])
+
+    await bench.device.start_vring(0, VRING)
+
+    assert bench.engine.calls[-1] == "start 0"
 
 
 def test_rarp_frame_has_the_layout_of_rfc_903() -> None:
