@@ -68,7 +68,10 @@ def config(keeper: str) -> GuestConfig:
 
 async def until_gone(pid: int) -> None:
     """Wait until a process that is not our child has ended."""
-    pidfd = os.pidfd_open(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
     ended = asyncio.Event()
     asyncio.get_running_loop().add_reader(pidfd, ended.set)
     try:
