@@ -160,10 +160,13 @@ def holdings(directory: Path = RUNTIME_DIR) -> list[Holding]:
 def _holdings(directory: Path) -> Iterator[tuple[str, Holding]]:
     """Path and content of each live port's file; those of ports that are gone are removed. The accounts are locked."""
     for path in sorted(directory.glob("port-*")):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # a port that ends takes its file away whoever has the accounts locked
         try:
             if _is_abandoned(fd):
-                path.unlink()
+                path.unlink(missing_ok=True)
             else:
                 yield str(path), msgspec.json.decode(os.read(fd, HOLDING_MAX_BYTES), type=Holding)
         finally:

@@ -145,3 +145,11 @@ def test_never_more_is_held_than_the_host_may_lock(steps: list[tuple[int, int]])
             assert sorted(holding.locked_bytes for holding in holdings(Path(name))) == sorted(model)
         for one in ports:
             one.close()
+
+
+def test_port_that_ends_while_another_looks_disturbs_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*found(self, pattern), self / "port-gone"])
+    with port(tmp_path) as ours:
+        ours.lock(GIB)
+        assert [holding.locked_bytes for holding in holdings(tmp_path)] == [GIB]
