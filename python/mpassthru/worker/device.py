@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Final
 
 from mpassthru import _core
-from mpassthru.control import Configure, SocketMode
+from mpassthru.control import Configure, ControlError, SocketMode
 from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.inflight_records import InflightRecords
 from mpassthru.rules import LINUX_BUFFER_ROOM_BYTES, ZeroCopyRules
@@ -42,6 +42,7 @@ AVAIL_HEADER_BYTES: Final = 4
 ATTACH_AGAIN_AFTER_S: Final = 0.2
 """How long a virtqueue may be without socket after the other one of its pair was stopped. A front-end that stops all of
 them does so one after the other, and would have guest memory pinned anew in between for nothing."""
+ATTACH_AGAIN_PAUSE_MAX_S: Final = 5.0
 
 FEATURES: Final = (
     VirtioFeature.VIRTIO_F_VERSION_1
@@ -287,9 +288,7 @@ class PortDevice:
             # Not before: a virtqueue that could not be stopped is still to be stopped.
             self._forget_running(index)
         if index ^ 1 in self._running and not self._engine.socket_attached(queue_pair):
-            again = asyncio.create_task(self._attach_again(queue_pair))
-            self._attaching_again.add(again)
-            again.add_done_callback(self._attaching_again.discard)
+            self._attach_later(queue_pair)
         return base
 
     async def set_vring_enabled(self, index: int, enabled: bool) -> None:
@@ -411,18 +410,28 @@ class PortDevice:
         """Give queue pairs that have a socket another one, without a virtqueue noticing more than lost frames.
 
         Raises:
-            HostError: a socket could not be had or bound; its queue pair has none then.
+            MpassthruError: a socket could not be had or bound; its queue pair has none then, and is tried again later.
         """
+        errors: list[MpassthruError] = []
         for queue_pair in queue_pairs:
             async with self._attaching[queue_pair]:
                 if self._engine.socket_attached(queue_pair):
                     await self._detach_socket(queue_pair)
         for queue_pair in queue_pairs:
             try:
-                await self._attach_socket(queue_pair, for_running=True)
-            except HostError:
-                # A NIC whose link has to come back first takes longer than a bind waits; now the queue is seen free.
-                await self._attach_socket(queue_pair, for_running=True)
+                await self._replace_socket(queue_pair)
+            except MpassthruError as error:
+                errors.append(error)
+                self._attach_later(queue_pair)
+        if errors:
+            raise errors[0]
+
+    async def _replace_socket(self, queue_pair: int) -> None:
+        try:
+            await self._attach_socket(queue_pair, for_running=True)
+        except HostError:
+            # A NIC whose link has to come back first takes longer than a bind waits; now the queue is seen free.
+            await self._attach_socket(queue_pair, for_running=True)
 
     def _discard_prepared(self, queue_pair: int) -> None:
         self._preparing.discard(queue_pair)
@@ -458,13 +467,26 @@ class PortDevice:
         for queue_pair in range(self.queue_pairs_max):
             await self.give_up_socket(queue_pair)
 
+    def _attach_later(self, queue_pair: int) -> None:
+        again = asyncio.create_task(self._attach_again(queue_pair))
+        self._attaching_again.add(again)
+        again.add_done_callback(self._attaching_again.discard)
+
     async def _attach_again(self, queue_pair: int) -> None:
-        """Give what still runs of a queue pair a new socket."""
-        await asyncio.sleep(ATTACH_AGAIN_AFTER_S)
-        try:
-            await self._attach_socket(queue_pair, for_running=True)
-        except MpassthruError as error:
-            self._notice(f"queue pair {queue_pair} stands still until a virtqueue of it starts: {error}")
+        """Give what still runs of a queue pair a new socket, sooner or later."""
+        pause_s, told = ATTACH_AGAIN_AFTER_S, False
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                await self._attach_socket(queue_pair, for_running=True)
+            except ControlError:
+                return  # the broker is gone, and with it this process
+            except MpassthruError as error:
+                if not told:
+                    self._notice(f"queue pair {queue_pair} stands still until it has a socket again: {error}")
+                told, pause_s = True, min(2 * pause_s, ATTACH_AGAIN_PAUSE_MAX_S)
+            else:
+                return
 
     async def _attach_socket(self, queue_pair: int, *, for_running: bool = False) -> None:
         async with self._attaching[queue_pair]:

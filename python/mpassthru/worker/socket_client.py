@@ -40,7 +40,8 @@ SocketAnswer = SocketGranted | SocketSteered | SocketFreed | SocketRefused | Mem
 class SocketClient:
     """The worker's side of the socket messages, and of those about the memory that sockets lock.
 
-    One question per queue pair, and one about memory, is open at a time.
+    One question per queue pair, and one about memory, is open at a time, also if its asker was cancelled: its answer is
+    not taken for that to the next.
     """
 
     def __init__(self, channel: ControlChannel[WorkerMessage, BrokerMessage]) -> None:
@@ -91,8 +92,8 @@ class SocketClient:
     def answered(self, message: SocketAnswer, fds: list[int]) -> None:
         """Take the broker's answer; fds that nobody waits for are closed."""
         subject = _MEMORY if isinstance(message, MemoryGranted | MemoryRefused) else message.queue_pair
-        answer = self._answers.get(subject)
-        if answer is None or answer.done():
+        answer = self._answers.pop(subject, None)
+        if answer is None:
             close_fds(fds)
             return
         match message:
@@ -107,17 +108,24 @@ class SocketClient:
 
     async def _ask(self, subject: int, send: Callable[[], None], *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._answers[subject] = answer
         try:
-            send()
             async with asyncio.timeout(timeout_s):
-                return await answer
+                while (earlier := self._answers.get(subject)) is not None:
+                    await asyncio.wait({earlier})
+                send()
+                self._answers[subject] = answer
+                await asyncio.wait({answer})
         except TimeoutError as error:
+            answer.add_done_callback(_discard)
             about = "about locked memory" if subject == _MEMORY else f"for queue pair {subject}"
             raise HostError(errno.ETIMEDOUT, f"the broker does not answer {about} within {timeout_s:g} s") from error
         except asyncio.CancelledError:
-            if answer.done() and not answer.cancelled() and answer.exception() is None and answer.result() >= 0:
-                os.close(answer.result())
+            answer.add_done_callback(_discard)
             raise
-        finally:
-            del self._answers[subject]
+        return answer.result()
+
+
+def _discard(answer: asyncio.Future[int]) -> None:
+    """Close the socket in an answer that nobody waits for any more."""
+    if answer.exception() is None and answer.result() >= 0:
+        os.close(answer.result())
