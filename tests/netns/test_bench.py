@@ -21,7 +21,7 @@ LOADS = (
 
 
 async def test_every_frame_of_a_run_is_accounted_for() -> None:
-    plan = msgspec.structs.replace(quick_plan(), name="test", rounds=1, seconds=0.05, warm_up_s=0.02, loads=LOADS)
+    plan = msgspec.structs.replace(quick_plan(), name="test", rounds=1, seconds=0.5, warm_up_s=0.02, loads=LOADS)
     results = await run(
         plan,
         limit_program=build_limit(),
