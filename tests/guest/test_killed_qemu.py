@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mpassthru.broker.status import AttachReport
 from mpassthru.demo.qemu import find_kernel
 from mpassthru.testing.attached_port import AttachedPort, attached_port
 from mpassthru.testing.child import ChildError
-from mpassthru.testing.netns import Namespace, veth_namespace
+from mpassthru.testing.netns import veth_namespace
 from mpassthru.testing.qemu import QemuGuest
 from mpassthru.testing.qemu_config import GuestConfig, GuestNic, VhostUserBackend
 from mpassthru.testing.scenario_qemu import configure_interface, ping
@@ -20,10 +18,6 @@ from mpassthru.testing.scenario_qemu import configure_interface, ping
 KILLS = 3
 PEER_ADDRESS = "10.77.0.1"
 GUEST_ADDRESS = "10.77.0.2"
-
-
-def is_idle_after(sessions: int, report: AttachReport) -> bool:
-    return report.sessions == sessions and report.guest == "waiting"
 
 
 async def kill_at(moment: str, guest: QemuGuest, port: AttachedPort) -> None:
@@ -47,10 +41,6 @@ async def kill_at(moment: str, guest: QemuGuest, port: AttachedPort) -> None:
         await guest.kill()
 
 
-def has_xdp_program(namespace: Namespace) -> bool:
-    return "prog/xdp" in namespace.run("ip", "link", "show", "dev", namespace.ifname)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["booting", "up", "flooded"])
 async def test_killed_qemu_leaves_nothing_that_stops_the_next_guest(tmp_path: Path, moment: str) -> None:
@@ -62,11 +52,11 @@ async def test_killed_qemu_leaves_nothing_that_stops_the_next_guest(tmp_path: Pa
             await port.until_said("is ready")
             for sessions in range(1, KILLS + 1):
                 await kill_at(moment, QemuGuest(config), port)
-                await port.until(partial(is_idle_after, sessions))
+                await port.until_idle(after_sessions=sessions)
             async with QemuGuest(config) as guest:
                 await configure_interface(guest, f"{GUEST_ADDRESS}/24")
                 answers = await ping(guest, PEER_ADDRESS)
             report = await port.stop()
         assert answers.received == answers.sent
         assert not report.troubles
-        assert not has_xdp_program(namespace)
+        assert not namespace.has_xdp_program()

@@ -20,6 +20,7 @@ from traces import InterfaceTraces, ProcessTraces
 
 from mpassthru.broker.status import AttachReport
 from mpassthru.testing.attached_port import AttachedPort, attached_port
+from mpassthru.testing.child import until_gone
 from mpassthru.testing.guest import BuiltinGuest
 from mpassthru.testing.guest_config import DEFAULT_PROTOCOL_FEATURES, GuestConfig, Pattern, Region, Source
 from mpassthru.testing.netns import Namespace
@@ -372,19 +373,3 @@ class LifeCycle:
         except TimeoutError:
             said = self._port.lines[-5:] if self._port else ()
             raise AssertionError(f"in vain: {what}; {self._guest and self._guest.counters()}; {said}") from None
-
-
-async def until_gone(pid: int) -> None:
-    """Wait until a process that is not our child has ended."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_reader(pidfd, ended.set)
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            await ended.wait()
-    finally:
-        asyncio.get_running_loop().remove_reader(pidfd)
-        os.close(pidfd)

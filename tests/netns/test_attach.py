@@ -21,7 +21,7 @@ import pytest
 import mpassthru
 from mpassthru.broker.status import AttachReport
 from mpassthru.testing.attached_port import AttachedPort, attached_port
-from mpassthru.testing.child import running_child
+from mpassthru.testing.child import running_child, until_gone
 from mpassthru.testing.guest import BuiltinGuest
 from mpassthru.testing.guest_config import GuestConfig, Pattern, Source
 from mpassthru.testing.netns import Namespace
@@ -47,26 +47,6 @@ def send_frames(namespace: Namespace, frame: bytes, count: int = 1) -> None:
             wire.send(frame)
 
 
-def has_xdp_program(namespace: Namespace) -> bool:
-    return "prog/xdp" in namespace.run("ip", "link", "show", "dev", namespace.ifname)
-
-
-async def until_gone(pid: int) -> None:
-    """Wait until a process that is not our child has ended."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_reader(pidfd, ended.set)
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            await ended.wait()
-    finally:
-        asyncio.get_running_loop().remove_reader(pidfd)
-        os.close(pidfd)
-
-
 def status_of(pid: int) -> str:
     return Path(f"/proc/{pid}/status").read_text()
 
@@ -83,10 +63,6 @@ def mapped_files(pid: int) -> set[tuple[int, int]]:
 
 def has_restarted(times: int, report: AttachReport) -> bool:
     return report.worker_restarts == times and report.worker_pid is not None
-
-
-def is_idle_after(sessions: int, report: AttachReport) -> bool:
-    return report.sessions == sessions and report.guest == "waiting"
 
 
 @pytest.fixture
@@ -280,7 +256,7 @@ async def test_ending_leaves_nothing_behind(
     async with attached_port(veth, path) as port:
         await port.until_said("is ready")
         worker = worker_of(await port.until(lambda report: report.worker_pid is not None))
-        assert has_xdp_program(veth)
+        assert veth.has_xdp_program()
         if with_guest:
             async with running_guest(port, path):
                 os.kill(port.pid, number)
@@ -290,7 +266,7 @@ async def test_ending_leaves_nothing_behind(
             assert await port.wait() == 0
 
     await until_gone(worker)
-    assert not has_xdp_program(veth)
+    assert not veth.has_xdp_program()
     assert os.listdir(path.parent) == []
 
 
@@ -345,7 +321,7 @@ async def test_killed_broker_leaves_nothing_that_stops_the_next_start(veth: Name
     for _ in range(KILLS):
         async with attached_port(veth, path, interval_s=0.05) as port:
             await kill_at(moment, port, path, veth)
-    assert not has_xdp_program(veth)
+    assert not veth.has_xdp_program()
 
     async with attached_port(veth, path) as port, running_guest(port, path) as guest:
         await check_traffic(veth, guest)
@@ -401,7 +377,7 @@ async def test_killed_frontend_makes_room_for_the_next(veth: Namespace, path: Pa
                 assert await process.stdout.readline() == b"running\n"
                 process.kill()
                 await process.wait()
-            await port.until(partial(is_idle_after, sessions))
+            await port.until_idle(after_sessions=sessions)
         async with running_guest(port, path) as guest:
             await check_traffic(veth, guest)
         report = await port.stop()

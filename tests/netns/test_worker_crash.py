@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ import pytest
 from mpassthru.broker.port import RESTART_AT_ONCE_S
 from mpassthru.broker.status import AttachReport
 from mpassthru.testing.attached_port import AttachedPort, attached_port
+from mpassthru.testing.child import until_gone
 from mpassthru.testing.guest import BuiltinGuest
 from mpassthru.testing.guest_config import DEFAULT_PROTOCOL_FEATURES, BufferLayout, GuestConfig, Pattern, Source
 from mpassthru.testing.netns import Namespace
@@ -64,21 +64,6 @@ def config(keeper: str) -> GuestConfig:
         tx=BufferLayout(count=200, pieces=(12, *(PIECE_BYTES,) * PIECES), stride_bytes=81, indirect=True),
         canaries=True,
     )
-
-
-async def until_gone(pid: int) -> None:
-    """Wait until a process that is not our child has ended."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_reader(pidfd, ended.set)
-    try:
-        await asyncio.wait_for(ended.wait(), TIMEOUT_S)
-    finally:
-        asyncio.get_running_loop().remove_reader(pidfd)
-        os.close(pidfd)
 
 
 async def crash(port: AttachedPort, path: Path, guest: BuiltinGuest, wire: PacketWire, crashes: Crashes) -> None:

@@ -53,6 +53,15 @@ class AttachedPort:
         assert self.report is not None
         return self.report
 
+    async def until_idle(self, *, after_sessions: int) -> None:
+        """Wait until so many front-ends have come, and the last one has gone.
+
+        Raises:
+            ChildError: the program ended before.
+            TimeoutError: it did not happen in time.
+        """
+        await self.until(lambda report: report.sessions == after_sessions and report.guest == "waiting")
+
     async def news(self) -> None:
         """Wait until it prints something, or ends.
 

@@ -53,6 +53,26 @@ async def end_child(process: Process) -> int:
     return await process.wait()
 
 
+async def until_gone(pid: int, *, timeout_s: float = 10.0) -> None:
+    """Wait until a process has ended that need not be our child.
+
+    Raises:
+        TimeoutError: it lives on.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(pidfd, ended.set)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await ended.wait()
+    finally:
+        asyncio.get_running_loop().remove_reader(pidfd)
+        os.close(pidfd)
+
+
 @asynccontextmanager
 async def running_child(
     *arguments: str,

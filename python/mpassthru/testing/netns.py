@@ -60,6 +60,10 @@ class Namespace:
             finally:
                 _setns(home)
 
+    def has_xdp_program(self) -> bool:
+        """Whether an XDP program is attached to `ifname`."""
+        return "prog/xdp" in self.run("ip", "link", "show", "dev", self.ifname)
+
     def run(self, *command: str, timeout_s: float = 30.0) -> str:
         """Run a command in the namespace and return what it printed.
 
