@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 
 use crate::error::{Error, HostError};
 use crate::fd::{EventFd, duplicate};
-use crate::guest_memory::{DirtyLog, GuestMemory, LogSpec, RegionSpec, UmemAddr};
+use crate::guest_memory::{DirtyLog, FileSpec, GuestMemory, RegionSpec, UmemAddr};
 use crate::pump::{
     Command, CommandQueue, Completion, Event, EventQueue, PollMode, Pump, PumpView, VringConfig, slab_bytes,
 };
@@ -224,7 +224,7 @@ impl Engine {
     ///
     /// # Errors
     /// It cannot be mapped; then the old one stays.
-    pub fn map_log(&self, spec: Option<&LogSpec>) -> Result<(), Error> {
+    pub fn map_log(&self, spec: Option<&FileSpec>) -> Result<(), Error> {
         let log = spec.map(DirtyLog::map).transpose()?;
         self.log().bits = log.map(Arc::new);
         Ok(())

@@ -10,7 +10,7 @@ use mpassthru_testing::memory::{self as vmm, RegionConfig};
 use proptest::test_runner::Config;
 
 use crate::fd::EventFd;
-use crate::guest_memory::{DirtyLog, GuestMemory, GuestPhysAddr, LogSpec, PAGE_BYTES, RegionSpec, UmemAddr, UserAddr};
+use crate::guest_memory::{DirtyLog, FileSpec, GuestMemory, GuestPhysAddr, PAGE_BYTES, RegionSpec, UmemAddr, UserAddr};
 use crate::pump::{VringConfig, slab_bytes};
 use crate::virtqueue::{Logged, QueueConfig, SplitQueue, WriteLog};
 
@@ -113,7 +113,7 @@ pub fn was_signalled(fd: &EventFd) -> bool {
 pub fn dirty_log(end: u64) -> Arc<DirtyLog> {
     let (offset, size_bytes) = (100, (end - 1) / PAGE_BYTES / 8 + 1);
     let file = memfd("migration-log", offset + size_bytes);
-    Arc::new(DirtyLog::map(&LogSpec { fd: file.as_raw_fd(), offset, size_bytes }).unwrap())
+    Arc::new(DirtyLog::map(&FileSpec { fd: file.as_raw_fd(), offset, size_bytes }).unwrap())
 }
 
 /// How a queue logs all that it writes, its used ring being at `used`.

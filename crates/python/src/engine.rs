@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 use mpassthru_datapath::engine::Engine as Port;
 use mpassthru_datapath::error::HostError;
 use mpassthru_datapath::fd::EventFd;
-use mpassthru_datapath::guest_memory::{GuestPhysAddr, LogSpec, RegionSpec, UserAddr};
+use mpassthru_datapath::guest_memory::{FileSpec, GuestPhysAddr, RegionSpec, UserAddr};
 use mpassthru_datapath::pump::{self, PollMode};
 use mpassthru_datapath::stats::{BounceReason, Counts, DropReason};
 use mpassthru_datapath::virtqueue::{InflightRecord, Logged, QueueConfig};
@@ -343,7 +343,7 @@ impl Engine {
 
     #[pyo3(signature = (fd, *, size_bytes = 0, offset = 0))]
     fn map_log(&self, fd: RawFd, size_bytes: u64, offset: u64) -> PyResult<()> {
-        let spec = LogSpec { fd, offset, size_bytes };
+        let spec = FileSpec { fd, offset, size_bytes };
         self.0.map_log((fd >= 0).then_some(&spec)).map_err(datapath_error)
     }
 

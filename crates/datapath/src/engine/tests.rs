@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use super::{Engine, PollMode, QUEUE_PAIRS_MAX};
 use crate::error::Error;
 use crate::fixture::{Guest, VIRTIO_F_VERSION_1, cases, memfd, specs};
-use crate::guest_memory::{GuestPhysAddr, LogSpec, PAGE_BYTES, RegionSpec, UserAddr};
+use crate::guest_memory::{FileSpec, GuestPhysAddr, PAGE_BYTES, RegionSpec, UserAddr};
 use crate::pump::{Completion, Event, VringConfig};
 use crate::virtqueue::Logged;
 use crate::xsk::{BindMode, SocketParams, UmemLayout};
@@ -202,7 +202,7 @@ fn test_a_log_without_room_for_all_memory_is_refused_where_it_would_be_used() {
     let engine = engine(1);
     let guest = mapped(&engine);
     let file = memfd("log", 4096);
-    let log = |size_bytes| LogSpec { fd: file.as_raw_fd(), offset: 0, size_bytes };
+    let log = |size_bytes| FileSpec { fd: file.as_raw_fd(), offset: 0, size_bytes };
     let all = Logged { buffers: true, used_ring: None };
     // There are 32 pages, a bit each.
     engine.map_log(Some(&log(3))).unwrap();
@@ -235,7 +235,7 @@ fn test_a_log_without_room_for_all_memory_is_refused_where_it_would_be_used() {
 fn test_all_of_memory_is_marked_only_where_there_is_memory_and_a_log() {
     let engine = engine(1);
     let file = File::from(memfd("log", 4096));
-    let log = |size_bytes| LogSpec { fd: file.as_raw_fd(), offset: 0, size_bytes };
+    let log = |size_bytes| FileSpec { fd: file.as_raw_fd(), offset: 0, size_bytes };
     let take_marks = || {
         let mut bytes = [0; 64];
         file.read_exact_at(&mut bytes, 0).unwrap();

@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 pub use address::{GuestPhysAddr, UmemAddr, UserAddr};
-pub use dirty_log::{DirtyLog, LogSpec};
+pub use dirty_log::DirtyLog;
 pub use region::{Region, RegionSpec};
 pub use shared_file::{FileSpec, SharedFile};
 

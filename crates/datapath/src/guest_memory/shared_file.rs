@@ -4,9 +4,8 @@ use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64};
 
-use super::PAGE_BYTES;
 use super::mapping::Mapping;
-use super::region::{file_bytes, file_system};
+use super::region::{file_bytes, page_bytes};
 use crate::error::HostError;
 
 /// Which piece of which file.
@@ -14,7 +13,7 @@ use crate::error::HostError;
 pub struct FileSpec {
     /// The file; borrowed for the call.
     pub fd: RawFd,
-    /// Where the piece starts, a multiple of 8.
+    /// Where the piece starts, in bytes; a multiple of 8 if fields longer than a byte are accessed.
     pub offset: u64,
     /// Its length in bytes.
     pub size_bytes: u64,
@@ -31,13 +30,16 @@ pub struct SharedFile {
 
 // SAFETY: the mapping is plain memory without thread affinity, and it is only accessed atomically.
 unsafe impl Send for SharedFile {}
+// SAFETY: as above.
+unsafe impl Sync for SharedFile {}
 
 impl SharedFile {
-    /// Maps a piece of a memfd; `what` names it in errors.
+    /// Maps a piece of a file in memory; `what` names it in errors.
     ///
     /// # Errors
-    /// EINVAL if it is empty, misaligned or reaches past the end of its file, where an access would end this process by
-    /// SIGBUS, or if the file is no memfd; what mmap fails with.
+    /// EINVAL if it is empty or reaches past the end of its file, where an access would end this process by SIGBUS; EFAULT
+    /// if it is on a file system that could keep an accessing thread waiting; what mmap fails with, EPERM for a sealed file
+    /// among it.
     pub fn map(spec: &FileSpec, what: &str) -> Result<Self, HostError> {
         let failed = |errno, advice| {
             HostError::new(
@@ -47,27 +49,31 @@ impl SharedFile {
             )
         };
         let no_file = |errno| failed(errno, "the front-end sent a file descriptor that is no file");
-        let (kind, _) = file_system(spec.fd).map_err(no_file)?;
-        if kind != libc::TMPFS_MAGIC {
-            return Err(failed(libc::EINVAL, "it must be a memfd of ordinary pages"));
-        }
+        let Some(page_bytes) = page_bytes(spec.fd).map_err(no_file)? else {
+            return Err(failed(libc::EFAULT, "it must be a memfd or POSIX shared memory"));
+        };
         let file_bytes = file_bytes(spec.fd).map_err(no_file)?;
-        let end = spec.offset.checked_add(spec.size_bytes).filter(|&end| end <= file_bytes && end <= i64::MAX as u64);
-        if spec.size_bytes == 0 || end.is_none() {
+        let end = spec.offset.checked_add(spec.size_bytes).filter(|&end| spec.size_bytes > 0 && end <= file_bytes);
+        let Some(end) = end else {
             return Err(failed(libc::EINVAL, "it is empty or reaches past the end of its file"));
-        }
-        if !spec.offset.is_multiple_of(8) {
-            return Err(failed(libc::EINVAL, "it must start at a multiple of 8"));
-        }
-        let file_start = spec.offset & !(PAGE_BYTES - 1);
-        let len_bytes = (spec.offset - file_start + spec.size_bytes).next_multiple_of(PAGE_BYTES);
-        let mapping = Mapping::reserve(len_bytes)?;
+        };
+        let file_start = spec.offset & !(page_bytes - 1);
+        let len_bytes = end.next_multiple_of(page_bytes) - file_start;
+        // Pages of the file start at multiples of their size.
+        let mapping = Mapping::reserve(len_bytes + page_bytes)?;
+        let mapped_at = mapping.start().next_multiple_of(page_bytes);
         mapping
-            .map_file(mapping.start(), len_bytes, spec.fd, file_start)
-            .map_err(|errno| failed(errno, "it must be a memfd that may be written"))?;
-        let start = NonNull::new((mapping.start() + (spec.offset - file_start)) as *mut u8)
+            .map_file(mapped_at, len_bytes, spec.fd, file_start)
+            .map_err(|errno| failed(errno, "it must be a file that may be written"))?;
+        let start = NonNull::new((mapped_at + (spec.offset - file_start)) as *mut u8)
             .ok_or_else(|| failed(libc::EINVAL, "it was mapped at address zero"))?;
         Ok(Self { _mapping: mapping, start, size_bytes: spec.size_bytes })
+    }
+
+    /// Length of the piece in bytes.
+    #[inline]
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
     }
 
     /// The byte at an offset.
@@ -93,12 +99,10 @@ impl SharedFile {
 
     #[inline]
     fn at(&self, offset: u64, len_bytes: u64) -> *mut u8 {
-        // The piece itself starts at a multiple of 8.
-        assert!(
-            offset.is_multiple_of(len_bytes) && offset + len_bytes <= self.size_bytes,
-            "an access stays inside the piece, at its own alignment"
-        );
+        assert!(offset < self.size_bytes && len_bytes <= self.size_bytes - offset, "an access stays inside the piece");
         // SAFETY: an offset inside the one mapping (checked above).
-        unsafe { self.start.as_ptr().add(offset as usize) }
+        let at = unsafe { self.start.as_ptr().add(offset as usize) };
+        assert!((at as u64).is_multiple_of(len_bytes), "a field is at its own alignment");
+        at
     }
 }

@@ -55,9 +55,12 @@ impl InflightRecord {
     /// Maps the record of a virtqueue of `size` descriptors, which starts `offset` bytes into a file.
     ///
     /// # Errors
-    /// As [`SharedFile::map`]. EINVAL if `size` is no queue size.
+    /// As [`SharedFile::map`]. EINVAL if `size` is no queue size, or `offset` no multiple of 8.
     pub fn map(fd: RawFd, offset: u64, size: u32) -> Result<Self, HostError> {
         let what = format!("the record of what is in flight on a virtqueue of {size} descriptors");
+        if !offset.is_multiple_of(8) {
+            return Err(HostError::new(libc::EINVAL, format!("cannot map {what}"), "it must start at a multiple of 8"));
+        }
         let file = SharedFile::map(&FileSpec { fd, offset, size_bytes: record_bytes(size) }, &what)?;
         let size = u16::try_from(size)
             .map_err(|_| HostError::new(libc::EINVAL, format!("cannot map {what}"), "a ring has at most 32768"))?;

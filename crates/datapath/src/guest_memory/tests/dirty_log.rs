@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use mpassthru_testing::memory::RegionConfig;
 
 use crate::fixture::{Guest, dirty_log, marked, memfd};
-use crate::guest_memory::{DirtyLog, GuestPhysAddr, LogSpec};
+use crate::guest_memory::{DirtyLog, FileSpec, GuestPhysAddr};
 
 fn mark(log: &DirtyLog, start: u64, len_bytes: u64) -> Vec<u64> {
     log.mark(GuestPhysAddr(start), len_bytes);
@@ -12,7 +12,7 @@ fn mark(log: &DirtyLog, start: u64, len_bytes: u64) -> Vec<u64> {
 }
 
 fn errno(fd: RawFd, offset: u64, size_bytes: u64) -> i32 {
-    DirtyLog::map(&LogSpec { fd, offset, size_bytes }).unwrap_err().errno
+    DirtyLog::map(&FileSpec { fd, offset, size_bytes }).unwrap_err().errno
 }
 
 #[test]
@@ -29,7 +29,7 @@ fn test_every_page_of_a_range_is_marked_and_no_other() {
 #[test]
 fn test_bits_are_where_the_front_end_looks_for_them() {
     let file = memfd("log", 4096);
-    let log = DirtyLog::map(&LogSpec { fd: file.as_raw_fd(), offset: 1001, size_bytes: 3 }).unwrap();
+    let log = DirtyLog::map(&FileSpec { fd: file.as_raw_fd(), offset: 1001, size_bytes: 3 }).unwrap();
     log.mark(GuestPhysAddr(11 * 4096), 1);
     log.mark(GuestPhysAddr(8 * 4096), 1);
     let mut bytes = [0u8; 5];
@@ -41,7 +41,7 @@ fn test_bits_are_where_the_front_end_looks_for_them() {
 #[test]
 fn test_pages_that_the_log_has_no_room_for_are_left_out() {
     let file = memfd("log", 4096);
-    let log = DirtyLog::map(&LogSpec { fd: file.as_raw_fd(), offset: 0, size_bytes: 2 }).unwrap();
+    let log = DirtyLog::map(&FileSpec { fd: file.as_raw_fd(), offset: 0, size_bytes: 2 }).unwrap();
     assert_eq!(mark(&log, 15 * 4096, 100 * 4096), [15]);
     assert!(mark(&log, 16 * 4096, 1).is_empty());
     assert!(mark(&log, u64::MAX - 1, 100).is_empty());
@@ -83,7 +83,7 @@ fn test_a_log_that_is_sealed_against_writing_is_refused() {
         assert_eq!(libc::ftruncate(fd, 4096), 0);
         assert_eq!(libc::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK), 0);
     }
-    assert!(DirtyLog::map(&LogSpec { fd, offset: 0, size_bytes: 8 }).is_ok(), "as QEMU seals it");
+    assert!(DirtyLog::map(&FileSpec { fd, offset: 0, size_bytes: 8 }).is_ok(), "as QEMU seals it");
     // SAFETY: as above; no mapping of it is left.
     unsafe { assert_eq!(libc::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_WRITE), 0) };
     assert_eq!(errno(fd, 0, 8), libc::EPERM);
