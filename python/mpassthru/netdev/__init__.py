@@ -24,7 +24,7 @@ from mpassthru.netdev.facts import (
 from mpassthru.netdev.netdev_family import kernel_version
 from mpassthru.netdev.reader import no_such_interface, read_interface
 from mpassthru.netdev.umem_cost import UMEM_MAX_BYTES, UmemCost, format_bytes, umem_cost
-from mpassthru.netdev.zero_copy import Refusal, zero_copy_rules
+from mpassthru.netdev.zero_copy import Refusal, trouble, zero_copy_rules
 
 __all__ = [
     "FRAME_MAX_BYTES",
@@ -51,6 +51,7 @@ __all__ = [
     "other_queues_warning",
     "probe_bind",
     "read_interface",
+    "trouble",
     "umem_cost",
     "warnings_for",
     "zero_copy_rules",

@@ -79,6 +79,12 @@ def zero_copy_rules(
     )
 
 
+def trouble(interface: Interface) -> Refusal | None:
+    """Why zero-copy mode is not taken unasked on this interface, though its rules hold."""
+    facts = ZERO_COPY.get(interface.driver or "")
+    return Refusal(facts.trouble, "'--mode zero-copy' takes it all the same") if facts and facts.trouble else None
+
+
 def contiguity(interface: Interface) -> Contiguity:
     """Which memory is one range for the interface's device; the careful answer where the kernel gives none."""
     return "backing-page" if interface.iommu in ("none", "identity") else "base-page"
