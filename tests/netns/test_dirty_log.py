@@ -97,7 +97,6 @@ def namespace() -> Iterator[Namespace]:
 
 async def receive_asleep(namespace: Namespace, port: AttachedPort, count: int, seed: int) -> None:
     """Send frames of any size to a guest whose driver sleeps: nobody but the device changes its memory."""
-    assert port.report is not None
     source = random.Random(seed)
     expected = (await port.until(lambda _: True)).rx.frames + count
     with packet_socket(namespace) as packets:
