@@ -122,12 +122,8 @@ impl PacketPump {
         self.messages.clear();
         let mut dropped = 0;
         for _ in 0..usize::from(vring.queue.available()?).min(BURST) {
-            let head = vring.queue.take_head()?;
             self.chain.clear();
-            if let Err(fault) = vring.queue.walk(head.head, Direction::DeviceReads, &mut self.chain) {
-                vring.queue.untake(head);
-                return Err(fault);
-            }
+            let head = vring.queue.take(Direction::DeviceReads, &mut self.chain)?;
             let pieces = strip_header(&mut self.chain, vring.header_len);
             let len = pieces.iter().fold(0u32, |sum, piece| sum.saturating_add(piece.len));
             if let Some(reason) = reason_to_drop(vring.enabled, len, self.frame_max) {
@@ -266,13 +262,9 @@ impl Place<'_> {
                 let all = available >= usize::from(vring.queue.size());
                 return Ok(if all { Delivery::Dropped(DropReason::BufferTooSmall) } else { Delivery::Starved });
             }
-            let head = vring.queue.take_head()?;
             self.chain.clear();
-            self.heads.push((head, 0));
-            vring.queue.walk(head.head, Direction::DeviceWrites, self.chain)?;
-            let segments = self.chain.len();
-            self.heads.pop();
-            self.heads.push((head, segments));
+            let head = vring.queue.take(Direction::DeviceWrites, self.chain)?;
+            self.heads.push((head, self.chain.len()));
             self.segments.extend_from_slice(self.chain);
             room = self.chain.iter().fold(room, |sum, segment| sum.saturating_add(segment.len));
             if !vring.mergeable && room < total {

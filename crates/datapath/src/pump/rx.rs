@@ -208,12 +208,8 @@ impl Rx {
             {
                 break;
             }
-            let taken = self.vring.queue.take_head()?;
             self.chain.clear();
-            if let Err(fault) = self.vring.queue.walk(taken.head, Direction::DeviceWrites, &mut self.chain) {
-                self.vring.queue.untake(taken);
-                return Err(fault);
-            }
+            let taken = self.vring.queue.take(Direction::DeviceWrites, &mut self.chain)?;
             match self.fit(xsk) {
                 Fit::Direct { header, frame } => {
                     let entry = xsk.layout.fill_address(frame);

@@ -218,12 +218,8 @@ impl Tx {
         }
         let available = u32::from(self.vring.queue.available()?).min(BURST);
         for taken in 0..available {
-            let head = self.vring.queue.take_head()?;
             self.chain.clear();
-            if let Err(fault) = self.vring.queue.walk(head.head, Direction::DeviceReads, &mut self.chain) {
-                self.vring.queue.untake(head);
-                return Err(fault);
-            }
+            let head = self.vring.queue.take(Direction::DeviceReads, &mut self.chain)?;
             if !self.send_chain(head.head, xsk, flight, counts) {
                 self.vring.queue.untake(head);
                 return Ok(taken);

@@ -1,7 +1,6 @@
 //! The device side of a split virtqueue (VIRTIO 1.3 §2.7).
 //!
-//! A burst: [`SplitQueue::available`] → [`SplitQueue::take_head`] and [`SplitQueue::walk`] for each →
-//! [`SplitQueue::push_used`] for each → [`SplitQueue::publish_used`] once → [`SplitQueue::should_call`] once.
+//! A burst: [`SplitQueue::available`] → [`SplitQueue::take`] for each → [`SplitQueue::push_used`] for each → [`SplitQueue::publish_used`] once → [`SplitQueue::should_call`] once.
 //!
 //! Invariant: nothing here trusts the driver. Every value is read once, checked once, and a broken ring ends in a
 //! [`QueueFault`](crate::error::QueueFault), which the caller answers by stopping this queue only.

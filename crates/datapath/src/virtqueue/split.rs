@@ -259,12 +259,27 @@ impl SplitQueue {
         Ok(ahead.saturating_add(self.again.len() as u16))
     }
 
-    /// Takes the next head. [`available`](Self::available) said that there is one.
+    /// Takes the next head and appends the segments of its chain to `segments`, up to its capacity.
+    /// [`available`](Self::available) said that there is one.
+    ///
+    /// # Errors
+    /// [`QueueFault::HeadOutOfRange`], or a broken chain; then nothing is taken, and `segments` may hold a part of it.
+    #[inline]
+    pub fn take(&mut self, direction: Direction, segments: &mut Vec<Segment>) -> Result<Taken, QueueFault> {
+        let taken = self.take_head()?;
+        if let Err(fault) = self.walk(taken.head, direction, segments) {
+            self.untake(taken);
+            return Err(fault);
+        }
+        Ok(taken)
+    }
+
+    /// Takes the next head, whatever its chain.
     ///
     /// # Errors
     /// [`QueueFault::HeadOutOfRange`].
     #[inline]
-    pub fn take_head(&mut self) -> Result<Taken, QueueFault> {
+    pub(crate) fn take_head(&mut self) -> Result<Taken, QueueFault> {
         if let Some(head) = self.again.pop_front() {
             self.again_taken += 1;
             return Ok(Taken { head, position: self.again_taken - 1 });
@@ -309,7 +324,7 @@ impl SplitQueue {
     /// # Errors
     /// A broken chain.
     #[inline]
-    pub fn walk(&mut self, head: u16, direction: Direction, segments: &mut Vec<Segment>) -> Result<(), QueueFault> {
+    pub(crate) fn walk(&mut self, head: u16, direction: Direction, segments: &mut Vec<Segment>) -> Result<(), QueueFault> {
         let table = Table { start: self.desc, size: u32::from(self.size) };
         chain::walk(&self.memory, table, head, direction, &mut self.region_hint, segments)
     }
