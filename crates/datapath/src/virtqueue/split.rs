@@ -324,7 +324,12 @@ impl SplitQueue {
     /// # Errors
     /// A broken chain.
     #[inline]
-    pub(crate) fn walk(&mut self, head: u16, direction: Direction, segments: &mut Vec<Segment>) -> Result<(), QueueFault> {
+    pub(crate) fn walk(
+        &mut self,
+        head: u16,
+        direction: Direction,
+        segments: &mut Vec<Segment>,
+    ) -> Result<(), QueueFault> {
         let table = Table { start: self.desc, size: u32::from(self.size) };
         chain::walk(&self.memory, table, head, direction, &mut self.region_hint, segments)
     }
