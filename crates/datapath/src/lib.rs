@@ -1,7 +1,7 @@
 //! The data plane of one port: guest memory, virtqueues, AF_XDP sockets and the pump that joins them.
 //!
-//! Dependencies point one way: `engine → pump → {virtqueue, xsk, packet} → guest_memory`. Nothing here knows of Python or of
-//! vhost-user.
+//! Dependencies point one way: `engine → pump → {virtqueue, xsk, packet, offload} → guest_memory`. Nothing here knows of
+//! Python or of vhost-user.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -19,6 +19,7 @@ pub mod fuzzing {
     pub use crate::pump::fuzz::{racing_ring_case, ring_case};
 }
 pub mod guest_memory;
+pub mod offload;
 mod packet;
 pub mod pump;
 pub mod stats;

@@ -24,6 +24,7 @@ mod dirty_log;
 mod mapping;
 mod region;
 mod shared_file;
+mod sum;
 #[cfg(test)]
 mod tests;
 
@@ -35,6 +36,7 @@ pub use address::{GuestPhysAddr, UmemAddr, UserAddr};
 pub use dirty_log::DirtyLog;
 pub use region::{Region, RegionSpec};
 pub use shared_file::{FileSpec, SharedFile};
+pub(crate) use sum::add as add_words;
 
 use crate::error::Error;
 use arena::{Arena, address};
@@ -261,6 +263,14 @@ impl GuestMemory {
         unsafe { libc::memset(self.ptr(addr).cast(), 0, len as usize) };
     }
 
+    /// The sum of a range as an Internet checksum takes it, see [`sum`]; read once.
+    #[inline]
+    pub(crate) fn sum(&self, addr: UmemAddr, len: u32) -> u64 {
+        self.check(addr, u64::from(len));
+        // SAFETY: the range lies inside the mapping (checked above).
+        unsafe { sum::sum(self.ptr(addr), len as usize) }
+    }
+
     /// Whether every byte of a range is zero.
     pub fn is_zero(&self, addr: UmemAddr, len_bytes: u64) -> bool {
         self.check(addr, len_bytes);
@@ -328,6 +338,13 @@ impl GuestMemory {
             "an access stays inside the UMEM"
         );
     }
+}
+
+/// [`GuestMemory::sum`] of bytes of ours.
+#[inline]
+pub(crate) fn sum_bytes(bytes: &[u8]) -> u64 {
+    // SAFETY: the slice's own range.
+    unsafe { sum::sum(bytes.as_ptr(), bytes.len()) }
 }
 
 fn range(spec: &RegionSpec) -> (GuestPhysAddr, u64) {

@@ -1,0 +1,3 @@
+//! Offloads against references that are as plain as can be.
+
+mod checksum;
