@@ -136,7 +136,7 @@ class LifeCycle:
             )
         )
         await self._until_ready()
-        self._count_idle()
+        await self._count_idle()
 
     async def port_ends(self) -> None:
         """In good order, under its guest perhaps."""
@@ -179,7 +179,7 @@ class LifeCycle:
             await self.guest_reconnects()
         else:
             await self._until_ready()
-            self._count_idle()
+            await self._count_idle()
 
     async def _until_ready(self) -> AttachReport:
         report = await self._running_port.until(
@@ -193,15 +193,22 @@ class LifeCycle:
         self._workers.add(report.worker_pid)
         return report
 
-    def _count_idle(self) -> None:
-        """What broker and worker hold without a guest is what they held before the first one."""
+    async def _count_idle(self) -> None:
+        """What broker and worker hold without a guest is what they held before the first one.
+
+        The broker ends the worker in reserve when the guest has left.
+        """
         assert self._running_port.report is not None
         worker = self._running_port.report.worker_pid
         assert worker is not None
         for pid in (self._running_port.pid, worker):
             now = ProcessTraces.of(pid)
             before = self._idle.setdefault(pid, now)
-            assert now == before, f"{'worker' if pid == worker else 'broker'}: {now}, before: {before}"
+            who = "worker" if pid == worker else "broker"
+            await self._until(
+                lambda pid=pid, before=before: ProcessTraces.of(pid) == before,  # type: ignore[misc]
+                f"{who} holds what it held before: {before}, and not {now}",
+            )
         self.counts += 1
 
     @property
@@ -228,7 +235,7 @@ class LifeCycle:
         self._guest = None
         self._unplug_all()
         await self._until_ready()
-        self._count_idle()
+        await self._count_idle()
 
     async def guest_stops_and_starts(self) -> None:
         """GET_VRING_BASE of each ring, and on from there."""

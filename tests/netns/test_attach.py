@@ -235,14 +235,15 @@ async def test_guest_memory_is_mapped_by_the_worker_and_not_by_the_broker(veth: 
 
 
 async def test_broker_keeps_no_copy_of_the_queues_socket(veth: Namespace, path: Path) -> None:
-    def descriptors(pid: int) -> set[str]:
-        return {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    def socket_count(pid: int) -> int:
+        links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+        return sum(link.startswith("socket:") for link in links)
 
     async with attached_port(veth, path) as port:
         await port.until_said("is ready")
-        idle = descriptors(port.pid)
+        idle = socket_count(port.pid)
         async with running_guest(port, path):
-            assert descriptors(port.pid) <= idle
+            assert socket_count(port.pid) == idle + 1, "the channel to the worker in reserve"
 
 
 # ---- what is left behind -----------------------------------------------------------------------------------

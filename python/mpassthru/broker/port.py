@@ -2,8 +2,9 @@
 
 Three things go on at once while a worker lives: its messages are answered, front-ends are handed to it one at a time,
 and the user's wish to stop is waited for. When the worker dies, the kernel takes its sockets out of the XSKMAP (frames
-of its queues are dropped, the host sees none of them), and a new worker starts: at once, or after a pause if the last
-one lived only briefly. What was in flight is in a memory file that outlives them all (`mpassthru.inflight_records`).
+of its queues are dropped, the host sees none of them), and the one in reserve takes over: at once, or after a pause if
+the last one lived only briefly. What was in flight is in a memory file that outlives them all
+(`mpassthru.inflight_records`).
 
 The broker never maps guest memory and never reads from a vhost-user socket. It keeps an AF_XDP socket's fd only from
 its creation until it is in the XSKMAP: an open copy would keep the socket, and with it the queue, alive.
@@ -26,6 +27,7 @@ from mpassthru import control
 from mpassthru.broker.endpoint import Endpoint
 from mpassthru.broker.status import PortStatus
 from mpassthru.broker.worker_process import STOP_TIMEOUT_S, WorkerProcess
+from mpassthru.broker.worker_supply import WorkerSupply
 from mpassthru.broker.xsk import create_socket
 from mpassthru.control import ControlError, close_fds
 from mpassthru.errors import HostError, MpassthruError
@@ -111,7 +113,7 @@ class Port:
         self._once = once or endpoint.single
         self._say = LineLimiter(say)
         self._say_stderr = LineLimiter(say, lines_max=STDERR_LINES_MAX)
-        self._start_worker = start_worker
+        self._supply = WorkerSupply(start_worker, self._say, self._say_of_worker)
         self._new_socket = new_socket
         self._wait_free = wait_free
         self._freeing: dict[int, asyncio.Task[None]] = {}
@@ -146,6 +148,7 @@ class Port:
         try:
             await self._run_workers(records_fd)
         finally:
+            await self._supply.drop_reserve()
             os.close(records_fd)
 
     async def _run_workers(self, records_fd: int) -> None:
@@ -184,7 +187,7 @@ class Port:
     async def _run_worker(self, records_fd: int) -> None:
         """One worker, from start to reaped."""
         self.status.worker = "starting"
-        worker = self._start_worker(self._say_of_worker)
+        worker = await self._supply.take()
         self.status.worker_pid = worker.pid
         reading = asyncio.create_task(self._answer(worker))
         feeding = asyncio.create_task(self._feed(worker))
@@ -237,6 +240,7 @@ class Port:
         """Hand front-ends to the worker, one at a time; returns after the last one has left."""
         while True:
             await self._idle.wait()
+            await self._supply.drop_reserve()
             connection = await self._endpoint.next_connection()
             if connection is None:
                 return
@@ -356,6 +360,8 @@ class Port:
         self.status.guest = state
         if error is not None:
             self._trouble(f"session ended: {printable(error)}")
+        if state == "running" and not self._once:
+            self._supply.keep_reserve()
         if state == "waiting":
             # One that was never bound would keep the memory that is registered on it pinned.
             self._drop_sockets()

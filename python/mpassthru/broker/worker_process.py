@@ -87,6 +87,11 @@ class WorkerProcess:
         return self._process.pid
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the process is no more; it is reaped then."""
+        return self._process.poll() is not None
+
+    @property
     def exit_text(self) -> str:
         """How the process ended, in words."""
         status = self._process.returncode

@@ -46,6 +46,8 @@ class PlayedWorker:
         self.far: ControlChannel[WorkerMessage, BrokerMessage] = control.worker_channel(theirs)
         self.killed = False
         self.ended = False
+        self.has_ended = False
+        """Whether it died by itself."""
         self._may_raise_memlock = may_raise_memlock
         self.memory_max_bytes = 0
 

@@ -54,6 +54,10 @@ class PortModel(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.started: list[PlayedWorker] = []
+        self.unmet: list[PlayedWorker] = []
+        """Started, and not configured yet."""
+        self.met = 0
+        self.reserve = False
         self.made: list[socket.socket] = []
         self.frontends: list[socket.socket] = []
         self.steering, self.endpoint = RecordedSteering(), PlayedEndpoint()
@@ -74,6 +78,7 @@ class PortModel(RuleBasedStateMachine):
 
     def _start_worker(self, say: Callable[[str], None]) -> WorkerProcess:
         self.started.append(PlayedWorker(say))
+        self.unmet.append(self.started[-1])
         return cast(WorkerProcess, self.started[-1])
 
     def _new_socket(self, ifindex: int) -> socket.socket:
@@ -94,15 +99,14 @@ class PortModel(RuleBasedStateMachine):
         self.worker.far.send(message)
 
     def _meet_worker(self) -> None:
-        count = len(self.started)
-
         async def appears() -> None:
-            while len(self.started) == count:  # noqa: ASYNC110 - a list wakes nobody
+            while not self.unmet:  # noqa: ASYNC110 - a list wakes nobody
                 await asyncio.sleep(0.0005)
 
-        if self.started or not self.task.done():
-            self.run(appears())
-        self.worker = self.started[-1]
+        self.run(appears())
+        self.worker = self.unmet.pop(0)
+        self.met += 1
+        self.reserve = False
         self.ready = self.busy = False
         self.steps_of_worker = 0
         self.reported = 0
@@ -137,6 +141,7 @@ class PortModel(RuleBasedStateMachine):
     @rule(state=st.sampled_from(["connected", "running"]))
     def session_goes_on(self, state: control.GuestState) -> None:
         self.say(control.SessionChanged(state=state))
+        self.reserve |= state == "running"
 
     @precondition(lambda self: self.busy)
     @rule(error=st.sampled_from([None, "it broke the protocol"]))
@@ -145,6 +150,8 @@ class PortModel(RuleBasedStateMachine):
         self.troubles += error is not None
         self.held.clear()
         self.busy = False
+        self.unmet.clear()
+        self.reserve = False
         self._meet_frontend()
 
     @rule(queue_pair=queue_pairs, may_have=st.booleans())
@@ -216,8 +223,10 @@ class PortModel(RuleBasedStateMachine):
         assert sum(sock.fileno() >= 0 for sock in self.made) == len(self.held), "the broker's copies of sockets"
         assert status.sessions == self.sessions
         assert len(status.troubles) == min(self.troubles, status.troubles.maxlen)
-        assert status.worker_restarts == len(self.started) - 1
-        assert all(worker.ended for worker in self.started[:-1])
+        assert status.worker_restarts == self.met - 1
+        assert len(self.unmet) == self.reserve, "while a guest runs, one worker is in reserve"
+        living = [worker for worker in self.started if not worker.ended]
+        assert living == [self.worker, *self.unmet]
 
     def teardown(self) -> None:
         if hasattr(self, "task"):
