@@ -91,8 +91,7 @@ static __always_inline int is_for_guest(const struct xdp_md *ctx, const struct q
 	return is_same(eth->h_dest, queue->mac);
 }
 
-SEC("xdp")
-int steer(struct xdp_md *ctx)
+static __always_inline int steer_frame(struct xdp_md *ctx)
 {
 	__u32 index = ctx->rx_queue_index;
 	struct queue_config *queue = bpf_map_lookup_elem(&queues, &index);
@@ -116,6 +115,19 @@ int steer(struct xdp_md *ctx)
 	else
 		count->dropped_no_guest++;
 	return action;
+}
+
+SEC("xdp")
+int steer(struct xdp_md *ctx)
+{
+	return steer_frame(ctx);
+}
+
+/* The same for frames in several buffers, of which ctx->data has the first: all that is looked at. */
+SEC("xdp.frags")
+int steer_frags(struct xdp_md *ctx)
+{
+	return steer_frame(ctx);
 }
 
 /* No helper above is reserved to GPL programs. */

@@ -225,8 +225,16 @@ class SteeringProgram:
     """The XDP program of one interface, its XSKMAP and its counters. Goes away with its owner (bpf_link)."""
 
     @staticmethod
-    def attach(ifindex: int, *, xdp_mode: Literal["native", "generic"], queue_count: int) -> SteeringProgram:
+    def attach(
+        ifindex: int, *, xdp_mode: Literal["native", "generic"], queue_count: int, frags: bool = False
+    ) -> SteeringProgram:
         """Load the program and attach it to the interface.
+
+        Args:
+            ifindex: Of the interface.
+            xdp_mode: Where it runs.
+            queue_count: Receive queues that it has room for.
+            frags: It takes frames in several buffers; without it drivers refuse MTUs that need them.
 
         Raises:
             HostError: EBUSY/EEXIST if an XDP program is there; EPERM without CAP_BPF and CAP_NET_ADMIN;

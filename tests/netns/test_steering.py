@@ -298,6 +298,15 @@ def test_native_mode_without_driver_support_says_to_use_generic(veth: Namespace)
     assert refusal.value.errno == errno.EOPNOTSUPP
 
 
+def test_mtu_that_takes_several_buffers_needs_the_program_for_it(veth: Namespace) -> None:
+    for end in (veth.ifname, veth.peer):
+        veth.run("ip", "link", "set", "dev", end, "mtu", "9000")
+    with veth.entered():
+        with pytest.raises(HostError, match="lower the MTU"):
+            SteeringProgram.attach(veth.ifindex, xdp_mode="native", queue_count=1)
+        SteeringProgram.attach(veth.ifindex, xdp_mode="native", queue_count=1, frags=True).close()
+
+
 def test_queue_that_does_not_exist_is_refused_everywhere(program: SteeringProgram, veth: Namespace) -> None:
     operations: tuple[Callable[[], None], ...] = (
         lambda: program.steer_queue(1, steer="passthru"),

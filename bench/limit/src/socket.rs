@@ -38,7 +38,7 @@ impl Bound {
 /// Attaches and binds, in copy mode, to queue 0.
 pub fn open(ifindex: u32, frame_max: u32) -> Result<Bound, Box<dyn Error>> {
     let layout = UmemLayout::for_frames(frame_max).ok_or("such frames do not fit a chunk")?;
-    let mut steering = SteeringProgram::attach(ifindex, XdpMode::Native, 1)?;
+    let mut steering = SteeringProgram::attach(ifindex, XdpMode::Native, 1, false)?;
     steering.steer_queue(0, Steer::Passthru)?;
     let memory = memory()?;
     let start = memory.translate_user(UserAddr(0), MEMORY_BYTES).ok_or("memory is one region")?;

@@ -19,8 +19,8 @@ struct SteeringProgram {
 #[pymethods]
 impl SteeringProgram {
     #[staticmethod]
-    #[pyo3(signature = (ifindex, *, xdp_mode, queue_count))]
-    fn attach(py: Python<'_>, ifindex: u32, xdp_mode: &str, queue_count: u32) -> PyResult<Self> {
+    #[pyo3(signature = (ifindex, *, xdp_mode, queue_count, frags = false))]
+    fn attach(py: Python<'_>, ifindex: u32, xdp_mode: &str, queue_count: u32, frags: bool) -> PyResult<Self> {
         let mode = match xdp_mode {
             "native" => XdpMode::Native,
             "generic" => XdpMode::Generic,
@@ -28,7 +28,7 @@ impl SteeringProgram {
                 return Err(PyValueError::new_err(format!("xdp_mode is native or generic, not {xdp_mode:?}")));
             }
         };
-        let program = py.detach(|| Program::attach(ifindex, mode, queue_count)).map_err(to_python)?;
+        let program = py.detach(|| Program::attach(ifindex, mode, queue_count, frags)).map_err(to_python)?;
         Ok(Self { program: Mutex::new(Some(program)) })
     }
 

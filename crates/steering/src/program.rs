@@ -31,14 +31,16 @@ struct Maps {
 }
 
 impl SteeringProgram {
-    /// Loads the program with room for `queue_count` receive queues, all unclaimed, and attaches it.
+    /// Loads the program with room for `queue_count` receive queues, all unclaimed, and attaches it. With `frags` it takes
+    /// frames that a driver has put into several buffers (BPF_F_XDP_HAS_FRAGS, Linux 5.18); without, drivers refuse the
+    /// MTUs that would need them.
     ///
     /// # Errors
     /// EBUSY or EEXIST if the interface has an XDP program (the message names its id), EPERM without CAP_BPF and
     /// CAP_NET_ADMIN, EOPNOTSUPP if the driver has no native XDP, ENODEV if there is no such interface.
-    pub fn attach(ifindex: u32, mode: XdpMode, queue_count: u32) -> Result<Self, SteeringError> {
+    pub fn attach(ifindex: u32, mode: XdpMode, queue_count: u32, frags: bool) -> Result<Self, SteeringError> {
         let ifname = interface_name(ifindex)?;
-        let (program, maps) = load(queue_count).map_err(|error| load_error(&ifname, error.as_ref()))?;
+        let (program, maps) = load(queue_count, frags).map_err(|error| load_error(&ifname, error.as_ref()))?;
         let link = XdpLink::create(program.as_fd(), ifindex, mode)
             .map_err(|errno| attach_error(&ifname, ifindex, mode, errno))?;
         Ok(Self { ifname, link, maps, claimed: BTreeMap::new() })
@@ -146,13 +148,14 @@ impl Maps {
 }
 
 /// Creates the maps and loads the program; nothing is attached yet.
-fn load(queue_count: u32) -> Result<(ProgramFd, Maps), Box<dyn Error>> {
+fn load(queue_count: u32, frags: bool) -> Result<(ProgramFd, Maps), Box<dyn Error>> {
     let mut object = EbpfLoader::new()
         .map_max_entries("xsks", queue_count)
         .map_max_entries("queues", queue_count)
         .map_max_entries("counters", queue_count)
         .load(OBJECT)?;
-    let program: &mut Xdp = object.program_mut("steer").ok_or("no program named steer")?.try_into()?;
+    let name = if frags { "steer_frags" } else { "steer" };
+    let program: &mut Xdp = object.program_mut(name).ok_or_else(|| format!("no program named {name}"))?.try_into()?;
     program.load()?;
     let program = program.fd()?.try_clone()?;
     let mut take = |name: &str| -> Result<Map, String> { object.take_map(name).ok_or(format!("no map named {name}")) };

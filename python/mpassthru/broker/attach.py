@@ -34,6 +34,7 @@ from mpassthru.netdev import (
     check_queue,
     format_bytes,
     frame_max_bytes,
+    has_multi_buffer,
     other_queues_warning,
     read_interface,
     umem_cost,
@@ -206,7 +207,10 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
         steering: Steering = NoSteering()
         xdp_mode: PortXdpMode = "no"
         if options.mode != "packet":
-            program, xdp_mode = attach_program(interface, options.xdp, view)
+            # In zero-copy mode drivers must never put a frame into several buffers (kernel-facts, section 5.4): they
+            # refuse the MTUs that would make them, as long as the program takes no such frames.
+            frags = rules is None and has_multi_buffer()
+            program, xdp_mode = attach_program(interface, options.xdp, view, frags=frags)
             undo.callback(program.close)
             _steer_queues(program, queue_ids, options.steer)
             steering = program
@@ -364,25 +368,35 @@ def open_endpoint(options: AttachOptions, view: View) -> Endpoint:
     raise RefusedError("no front-end to expect: give one of --socket-path, --connect and --fd")
 
 
-def attach_program(interface: Interface, choice: XdpChoice, view: View) -> tuple[_core.SteeringProgram, XdpMode]:
+def attach_program(
+    interface: Interface, choice: XdpChoice, view: View, *, frags: bool
+) -> tuple[_core.SteeringProgram, XdpMode]:
     """Attach the steering program: native XDP where it can be had, generic with a note otherwise.
+
+    Args:
+        interface: Where.
+        choice: Which was asked for.
+        view: Told if it is generic.
+        frags: Take frames in several buffers.
 
     Raises:
         HostError: neither can be had, or the one that was forced cannot.
     """
     if choice != "auto":
-        return _attach_program(interface, choice), choice
+        return _attach_program(interface, choice, frags=frags), choice
     try:
-        return _attach_program(interface, "native"), "native"
+        return _attach_program(interface, "native", frags=frags), "native"
     except HostError as error:
         if error.errno in (errno.EBUSY, errno.EEXIST, errno.EPERM, errno.EACCES, errno.ENODEV):
             raise
         view.say(f"XDP: generic (slower: frames pass through an skb first), for native cannot be had: {error}")
-    return _attach_program(interface, "generic"), "generic"
+    return _attach_program(interface, "generic", frags=frags), "generic"
 
 
-def _attach_program(interface: Interface, xdp_mode: XdpMode) -> _core.SteeringProgram:
-    return _core.SteeringProgram.attach(interface.ifindex, xdp_mode=xdp_mode, queue_count=interface.queues.rx)
+def _attach_program(interface: Interface, xdp_mode: XdpMode, *, frags: bool) -> _core.SteeringProgram:
+    return _core.SteeringProgram.attach(
+        interface.ifindex, xdp_mode=xdp_mode, queue_count=interface.queues.rx, frags=frags
+    )
 
 
 async def _watch_rules(ready: Attached, port: Port) -> None:

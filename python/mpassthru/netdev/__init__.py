@@ -9,6 +9,7 @@ from mpassthru.netdev.checks import (
     MTU_MAX_BYTES,
     check_queue,
     frame_max_bytes,
+    has_multi_buffer,
     other_queues_warning,
     warnings_for,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "check_queue",
     "format_bytes",
     "frame_max_bytes",
+    "has_multi_buffer",
     "kernel_version",
     "no_such_interface",
     "open_xsk_socket",

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 from mpassthru.errors import RefusedError
 from mpassthru.netdev.af_xdp import CHUNK_SIZE_BYTES, XDP_PACKET_HEADROOM_BYTES
 from mpassthru.netdev.facts import Interface
+from mpassthru.netdev.netdev_family import kernel_version
+
+MULTI_BUFFER_SINCE: Final = (6, 6)
+"""The kernel that first took frames of several pieces from AF_XDP and gave them to it (XDP_USE_SG)."""
 
 ETHERNET_OVERHEAD_BYTES: Final = 14 + 4
 """Ethernet header and one VLAN tag; the FCS is not part of a frame here."""
 FRAME_MAX_BYTES: Final = CHUNK_SIZE_BYTES - XDP_PACKET_HEADROOM_BYTES
 """The longest frame that one chunk can take."""
 MTU_MAX_BYTES: Final = FRAME_MAX_BYTES - ETHERNET_OVERHEAD_BYTES
+
+
+def has_multi_buffer(release: str | None = None) -> bool:
+    """Whether a kernel, the running one if left out, lets frames on AF_XDP sockets take several pieces."""
+    return kernel_version(release or os.uname().release) >= MULTI_BUFFER_SINCE
 
 
 def frame_max_bytes(interface: Interface) -> int:
