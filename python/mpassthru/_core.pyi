@@ -85,8 +85,9 @@ class ZeroCopyRules:
 class SocketConfig:
     """How a queue pair's AF_XDP socket is bound; in mode `packet`, a packet socket that is bound already.
 
-    `frame_max_bytes` is the room that each of the UMEM's frames has: what the kernel (copy mode) writes at most, or
-    what the NIC is told that there is (zero-copy mode, which needs `zero_copy_rules`).
+    `room_bytes` is the room for a frame in each of the UMEM's chunks: what the kernel (copy mode) writes at most, or
+    what the NIC is told that there is (zero-copy mode, which needs `zero_copy_rules`). Left out, it is
+    `frame_max_bytes`, the longest frame; in copy mode that may be longer, and takes several chunks.
     """
 
     def __new__(
@@ -97,6 +98,7 @@ class SocketConfig:
         queue_id: int,
         mode: Literal["packet", "copy", "zero-copy"],
         frame_max_bytes: int,
+        room_bytes: int | None = None,
         zero_copy_rules: ZeroCopyRules | None = None,
     ) -> SocketConfig: ...
 

@@ -26,10 +26,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let [ifindex, frame_max] = arguments[..] else { return Err(USAGE.into()) };
     let bound = socket::open(ifindex, frame_max)?;
     let (orders, totals) = (Arc::new(Orders::new()?), Arc::new(Totals::default()));
-    let shared_fd = bound.xsk.shared_umem().socket;
+    let umem = bound.xsk.shared_umem();
     let traffic = Traffic::new(bound, Arc::clone(&orders), Arc::clone(&totals))?;
     let thread = std::thread::Builder::new().name("limit".into()).spawn(move || traffic.run())?;
-    answer(&totals.json(&shared_fd))?;
+    answer(&totals.json(&umem))?;
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         match line.split_whitespace().collect::<Vec<_>>()[..] {
@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             ["tx", size, rate] => orders.send(size.parse()?, rate.parse()?)?,
             _ => return Err(format!("no such command: {line}").into()),
         }
-        answer(&totals.json(&shared_fd))?;
+        answer(&totals.json(&umem))?;
     }
     orders.quit();
     thread.join().map_err(|_| "the traffic thread panicked")?;

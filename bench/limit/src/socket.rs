@@ -44,7 +44,14 @@ pub fn open(ifindex: u32, frame_max: u32) -> Result<Bound, Box<dyn Error>> {
     let start = memory.translate_user(UserAddr(0), MEMORY_BYTES).ok_or("memory is one region")?;
     // SAFETY: no pointers are passed; a new descriptor is ours.
     let fd = unsafe { libc::socket(libc::AF_XDP, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-    let params = SocketParams { ifindex, queue_id: 0, mode: BindMode::Copy, layout, zero_copy_rules: None };
+    let params = SocketParams {
+        ifindex,
+        queue_id: 0,
+        mode: BindMode::Copy,
+        layout,
+        frame_max: layout.frame_max,
+        zero_copy_rules: None,
+    };
     let xsk = XskSocket::bind(owned(fd)?, &memory, &Umem::New, &params)?;
     // SAFETY: open as long as `xsk` lives, which is longer than this borrow.
     steering.set_socket(0, unsafe { BorrowedFd::borrow_raw(xsk.raw_fd()) })?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use mpassthru_datapath::error::HostError;
 use mpassthru_datapath::fd::EventFd;
 use mpassthru_datapath::pump::{PollMode, Spin, sleep};
-use mpassthru_datapath::xsk::{SharedFd, statistics};
+use mpassthru_datapath::xsk::{SharedUmem, statistics};
 
 use crate::socket::{BUFFERS, Bound};
 
@@ -62,8 +62,8 @@ pub struct Totals {
 
 impl Totals {
     /// All totals, those of the kernel included, as a line of JSON.
-    pub fn json(&self, fd: &SharedFd) -> String {
-        let kernel = statistics(fd);
+    pub fn json(&self, umem: &SharedUmem) -> String {
+        let kernel = statistics(umem);
         format!(
             r#"{{"rx_frames":{},"tx_frames":{},"no_buffer":{},"oversize":{},"rx_ring_full":{},"tx_invalid":{}}}"#,
             self.rx_frames.load(Ordering::Relaxed),

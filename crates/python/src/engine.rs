@@ -9,7 +9,9 @@ use mpassthru_datapath::guest_memory::{FileSpec, GuestPhysAddr, RegionSpec, User
 use mpassthru_datapath::pump::{self, PollMode};
 use mpassthru_datapath::stats::{BounceReason, Counts, DropReason};
 use mpassthru_datapath::virtqueue::{InflightRecord, Logged, QueueConfig};
-use mpassthru_datapath::xsk::{BindMode, Contiguity, DriverRules, FRAME_BYTES_MAX, SocketParams, UmemLayout};
+use mpassthru_datapath::xsk::{
+    BindMode, Contiguity, DriverRules, FRAME_BYTES_MAX, LONG_FRAME_BYTES_MAX, SocketParams, UmemLayout,
+};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -169,13 +171,14 @@ struct SocketConfig {
 #[pymethods]
 impl SocketConfig {
     #[new]
-    #[pyo3(signature = (*, socket_fd, ifindex, queue_id, mode, frame_max_bytes, zero_copy_rules = None))]
+    #[pyo3(signature = (*, socket_fd, ifindex, queue_id, mode, frame_max_bytes, room_bytes = None, zero_copy_rules = None))]
     fn new(
         socket_fd: RawFd,
         ifindex: u32,
         queue_id: u32,
         mode: &str,
         frame_max_bytes: u32,
+        room_bytes: Option<u32>,
         zero_copy_rules: Option<&ZeroCopyRules>,
     ) -> PyResult<Self> {
         let mode = match mode {
@@ -185,11 +188,16 @@ impl SocketConfig {
             "zero-copy" => return Err(PyValueError::new_err("zero-copy needs zero_copy_rules")),
             _ => return Err(PyValueError::new_err(format!("mode is packet, copy or zero-copy, not {mode:?}"))),
         };
-        let layout = UmemLayout::for_frames(frame_max_bytes).ok_or_else(|| {
-            PyValueError::new_err(format!("frames of {frame_max_bytes} bytes do not fit a chunk of 4096 bytes"))
-        })?;
+        let room = room_bytes.unwrap_or(frame_max_bytes);
+        let layout = UmemLayout::for_frames(room)
+            .ok_or_else(|| PyValueError::new_err(format!("{room} bytes do not fit a chunk of 4096 bytes")))?;
+        let longest = if mode == BindMode::Copy { LONG_FRAME_BYTES_MAX } else { layout.frame_max };
+        if frame_max_bytes > longest {
+            return Err(PyValueError::new_err(format!("frames have at most {longest} bytes, not {frame_max_bytes}")));
+        }
         let zero_copy_rules = zero_copy_rules.map(|rules| rules.0);
-        let params = Some(SocketParams { ifindex, queue_id, mode, layout, zero_copy_rules });
+        let frame_max = frame_max_bytes.max(layout.frame_max);
+        let params = Some(SocketParams { ifindex, queue_id, mode, layout, frame_max, zero_copy_rules });
         Ok(Self { socket_fd, params, frame_max: frame_max_bytes })
     }
 }

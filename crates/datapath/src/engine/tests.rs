@@ -23,6 +23,7 @@ const PARAMS: SocketParams = SocketParams {
     queue_id: 0,
     mode: BindMode::Copy,
     layout: UmemLayout { frame_max: 1536 },
+    frame_max: 1536,
     zero_copy_rules: None,
 };
 

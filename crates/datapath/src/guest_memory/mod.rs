@@ -50,12 +50,23 @@ const TAIL_SLAB_BYTES: u64 = 2 * PAGE_BYTES;
 const UMEM_CHUNKS_MAX: u64 = 16_777_215;
 
 /// A piece of guest memory that is contiguous in the UMEM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Segment {
     /// Where it starts.
     pub addr: UmemAddr,
     /// Its length in bytes.
     pub len: u32,
+}
+
+impl Segment {
+    /// Cuts up to `len` bytes off its front.
+    #[inline]
+    pub fn take(&mut self, len: u32) -> Self {
+        let taken = Self { addr: self.addr, len: len.min(self.len) };
+        self.addr = self.addr.plus(u64::from(taken.len));
+        self.len -= taken.len;
+        taken
+    }
 }
 
 /// The mapped memory of one guest, and our slabs around it. Unmapped when the last one on its arena is dropped.

@@ -51,7 +51,7 @@ impl PumpView {
             *past
         };
         if let Some(umem) = self.shared_umem() {
-            drops.add(&kernel_drops(&umem.socket));
+            drops.add(&kernel_drops(&umem));
         }
         drops
     }
@@ -62,8 +62,8 @@ impl PumpView {
     }
 }
 
-fn kernel_drops(fd: &SharedFd) -> Counts {
-    let stats = statistics(fd);
+fn kernel_drops(umem: &SharedUmem) -> Counts {
+    let stats = statistics(umem);
     let mut drops = Counts::default();
     drops.dropped[DropReason::NoBuffer as usize] = stats.fill_empty;
     drops.dropped[DropReason::Oversize as usize] = stats.oversize;
@@ -383,7 +383,7 @@ impl Pump {
         if let Some(xsk) = self.xsk.take() {
             let shared = self.view.socket.lock().unwrap_or_else(PoisonError::into_inner).take();
             if let Some(umem) = shared {
-                let drops = kernel_drops(&umem.socket);
+                let drops = kernel_drops(&umem);
                 self.view.past_kernel_drops.lock().unwrap_or_else(PoisonError::into_inner).add(&drops);
             }
             // Unmaps the rings, then closes: after that the kernel writes no guest memory in copy mode.

@@ -41,6 +41,11 @@ impl Slab {
         (self.start..end).contains(&frame.0) && frame.0.is_multiple_of(CHUNK_BYTES)
     }
 
+    /// Number of frames that can be taken.
+    pub fn available(&self) -> usize {
+        self.free.len()
+    }
+
     /// Number of frames in use.
     pub fn used(&self) -> usize {
         SLAB_FRAMES - self.free.len()

@@ -1,8 +1,8 @@
 //! tx: from the guest to the AF_XDP tx ring.
 //!
 //! **Direct**: the pieces of the guest's chain, less its virtio-net header, become tx descriptors; the head is used when
-//! the completion ring has named every piece. **Bounce**: a frame that cannot be sent so is copied into a slab frame,
-//! and its head is used at once.
+//! the completion ring has named every piece. **Bounce**: a frame that cannot be sent so is copied into slab frames, and its
+//! head is used at once.
 //!
 //! Invariant: no descriptor is submitted that the kernel would refuse, for such a one may never complete.
 
@@ -13,15 +13,17 @@ use crate::error::QueueFault;
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::virtqueue::{CHAIN_DESCS_MAX, Direction};
-use crate::xsk::{BindMode, CHUNK_BYTES, COMPLETION_RING_DESCS, FRAME_BYTES_MAX, TX_RING_DESCS, XskSocket};
+use crate::xsk::{BindMode, CHUNK_BYTES, COMPLETION_RING_DESCS, LONG_FRAME_BYTES_MAX, TX_RING_DESCS, XskSocket};
 
 /// Frames handled before the other direction gets its turn.
 const BURST: u32 = 64;
 /// Ethernet header: the shortest frame that has addresses.
 const ETHERNET_HEADER_BYTES: u32 = 14;
 
-// A piece is never longer than a frame, so the kernel's limit of one chunk per descriptor always holds.
-const _: () = assert!(FRAME_BYTES_MAX as u64 <= CHUNK_BYTES, "every piece fits a tx descriptor");
+/// Longest piece that one descriptor takes (`net/xdp/xsk_queue.h`: xp_unaligned_validate_desc).
+const PIECE_BYTES_MAX: u32 = CHUNK_BYTES as u32;
+/// Descriptors that the longest frame takes where it is copied; so many more pieces may one have by being cut.
+const LONG_PIECES_MAX: usize = LONG_FRAME_BYTES_MAX.div_ceil(PIECE_BYTES_MAX) as usize;
 
 /// Who is waiting for a frame to be sent.
 #[derive(Debug, Clone, Copy)]
@@ -97,16 +99,35 @@ impl TxInFlight {
         self.pieces.len() + pieces <= COMPLETION_RING_DESCS as usize && xsk.tx_free(pieces as u32) as usize >= pieces
     }
 
-    /// Writes one packet's descriptors; room was checked.
-    fn send(&mut self, xsk: &mut XskSocket, pieces: &[Segment], owner: Owner) {
-        let Some(sent) = self.free.pop() else {
-            unreachable!("there are as many records as completions, and each frame has a piece");
-        };
-        self.sent[usize::from(sent)] = Sent { owner, pieces_left: pieces.len() as u16 };
+    /// Writes the descriptors of a packet in the guest's memory; room was checked.
+    fn send(&mut self, xsk: &mut XskSocket, pieces: &[Segment], head: u16) {
+        let sent = self.record(Owner::Guest { head }, pieces.len());
         for (index, piece) in pieces.iter().enumerate() {
-            self.pieces.insert(self.key(piece.addr), Piece { addr: piece.addr, len: piece.len, sent });
-            xsk.tx_write(piece.addr, piece.len, index + 1 < pieces.len());
+            self.write(xsk, piece, sent, index + 1 < pieces.len());
         }
+    }
+
+    /// Writes those of a packet in slab frames, of which each goes back by itself; room was checked.
+    fn send_copy(&mut self, xsk: &mut XskSocket, frames: &[Segment]) {
+        for (index, frame) in frames.iter().enumerate() {
+            let sent = self.record(Owner::Slab { frame: frame.addr }, 1);
+            self.write(xsk, frame, sent, index + 1 < frames.len());
+        }
+    }
+
+    #[inline]
+    fn record(&mut self, owner: Owner, pieces: usize) -> u16 {
+        let Some(sent) = self.free.pop() else {
+            unreachable!("there are as many records as completions, and each of them has a piece");
+        };
+        self.sent[usize::from(sent)] = Sent { owner, pieces_left: pieces as u16 };
+        sent
+    }
+
+    #[inline]
+    fn write(&mut self, xsk: &mut XskSocket, piece: &Segment, sent: u16, more: bool) {
+        self.pieces.insert(self.key(piece.addr), Piece { addr: piece.addr, len: piece.len, sent });
+        xsk.tx_write(piece.addr, piece.len, more);
     }
 
     /// Takes completions in; `used` gets the head of each guest frame that is done. Returns their number.
@@ -141,7 +162,7 @@ impl TxInFlight {
         }
         let Some(at) = self.slab.take() else { return false };
         memory.write(at, frame);
-        self.send(xsk, &[Segment { addr: at, len: frame.len() as u32 }], Owner::Slab { frame: at });
+        self.send_copy(xsk, &[Segment { addr: at, len: frame.len() as u32 }]);
         xsk.tx_submit();
         true
     }
@@ -174,13 +195,23 @@ enum Verdict {
 pub(super) struct Tx {
     pub vring: Vring,
     chain: Vec<Segment>,
+    /// The pieces of a long frame, cut to what descriptors take.
+    cut: Vec<Segment>,
+    /// Where a frame is copied to.
+    copy: Vec<Segment>,
     /// Why the kernel does not send at the moment, if it does not.
     pub wakeup_errno: Option<i32>,
 }
 
 impl Tx {
     pub fn new(vring: Vring) -> Self {
-        Self { vring, chain: Vec::with_capacity(CHAIN_DESCS_MAX), wakeup_errno: None }
+        Self {
+            vring,
+            chain: Vec::with_capacity(CHAIN_DESCS_MAX),
+            cut: Vec::with_capacity(CHAIN_DESCS_MAX + LONG_PIECES_MAX),
+            copy: Vec::with_capacity(LONG_PIECES_MAX),
+            wakeup_errno: None,
+        }
     }
 
     /// Returns finished heads and sends fresh ones. Returns the number of completions and frames moved.
@@ -231,8 +262,12 @@ impl Tx {
     /// Sends, copies or drops the frame in `self.chain`. Returns false, having done nothing, if there is no room.
     #[inline]
     fn send_chain(&mut self, head: u16, xsk: &mut XskSocket, flight: &mut TxInFlight, counts: &mut Counts) -> bool {
-        let pieces = strip_header(&mut self.chain, self.vring.header_len);
+        let mut pieces = strip_header(&mut self.chain, self.vring.header_len);
         let len = pieces.iter().fold(0u32, |sum, piece| sum.saturating_add(piece.len));
+        if len > PIECE_BYTES_MAX && len <= xsk.rules.tx_frame_max {
+            cut(pieces, &mut self.cut);
+            pieces = &self.cut;
+        }
         match judge(&self.vring, pieces, len, xsk, flight) {
             Verdict::Drop(reason) => {
                 counts.dropped(reason);
@@ -242,19 +277,21 @@ impl Tx {
                 if !flight.has_room(xsk, pieces.len()) {
                     return false;
                 }
-                flight.send(xsk, pieces, Owner::Guest { head });
+                flight.send(xsk, pieces, head);
                 counts.direct(len);
             }
             Verdict::Bounce(reason) => {
-                if !flight.has_room(xsk, 1) {
+                let padded = len.max(xsk.rules.tx_frame_min);
+                let frames = padded.div_ceil(PIECE_BYTES_MAX) as usize;
+                if !flight.has_room(xsk, frames) || flight.slab.available() < frames {
                     return false;
                 }
-                let Some(frame) = flight.slab.take() else { return false };
                 let memory = self.vring.queue.memory();
-                gather(memory, pieces, frame, counts);
-                let padded = len.max(xsk.rules.tx_frame_min);
-                memory.zero(frame.plus(u64::from(len)), padded - len);
-                flight.send(xsk, &[Segment { addr: frame, len: padded }], Owner::Slab { frame });
+                take_frames(&mut flight.slab, padded, &mut self.copy);
+                gather(memory, pieces, &self.copy, counts);
+                // Padding is for the shortest frames: those have one piece.
+                memory.zero(self.copy[0].addr.plus(u64::from(len)), padded - len);
+                flight.send_copy(xsk, &self.copy);
                 counts.bounced(len, reason);
                 self.vring.queue.push_used(head, 0);
             }
@@ -316,13 +353,47 @@ fn judge(vring: &Vring, pieces: &[Segment], len: u32, xsk: &XskSocket, flight: &
     }
 }
 
-/// Copies the pieces of a frame into one slab frame.
-fn gather(memory: &GuestMemory, pieces: &[Segment], frame: UmemAddr, counts: &mut Counts) {
-    let mut to = frame;
+/// Cuts pieces to what one descriptor takes.
+#[cold]
+fn cut(pieces: &[Segment], into: &mut Vec<Segment>) {
+    into.clear();
     for piece in pieces {
-        memory.copy(piece.addr, to, piece.len);
-        counts.copied_bytes += u64::from(piece.len);
-        to = to.plus(u64::from(piece.len));
+        let mut left = *piece;
+        while left.len > 0 {
+            let taken = left.take(PIECE_BYTES_MAX);
+            into.push(taken);
+        }
+    }
+}
+
+/// Takes as many slab frames as `len` bytes need; there are so many.
+fn take_frames(slab: &mut Slab, len: u32, into: &mut Vec<Segment>) {
+    into.clear();
+    let mut left = len;
+    while left > 0
+        && let Some(addr) = slab.take()
+    {
+        let len = left.min(PIECE_BYTES_MAX);
+        into.push(Segment { addr, len });
+        left -= len;
+    }
+}
+
+/// Copies the pieces of a frame into slab frames.
+fn gather(memory: &GuestMemory, pieces: &[Segment], frames: &[Segment], counts: &mut Counts) {
+    let mut frames = frames.iter().copied();
+    let mut to = Segment::default();
+    for piece in pieces {
+        let mut from = *piece;
+        while from.len > 0 {
+            if to.len == 0 {
+                let Some(next) = frames.next() else { return };
+                to = next;
+            }
+            let part = from.take(to.len);
+            memory.copy(part.addr, to.take(part.len).addr, part.len);
+            counts.copied_bytes += u64::from(part.len);
+        }
     }
 }
 

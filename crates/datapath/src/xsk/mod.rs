@@ -29,6 +29,8 @@ pub const CHUNK_BYTES: u64 = PAGE_BYTES;
 pub const XDP_PACKET_HEADROOM: u64 = 256;
 /// Longest frame that fits a chunk without headroom.
 pub const FRAME_BYTES_MAX: u32 = (CHUNK_BYTES - XDP_PACKET_HEADROOM) as u32;
+/// Longest frame in several pieces: of an MTU of 9216, the largest that is common, and a VLAN tag.
+pub const LONG_FRAME_BYTES_MAX: u32 = 9216 + 14 + 4;
 /// The kernel wants this much of each chunk left over: skb_shared_info (320) and 128 more (`xdp_umem_reg`).
 const FRAME_BYTES_MIN: u32 = 320 + 128;
 
@@ -38,7 +40,7 @@ const OFFSET_SHIFT: u32 = 48;
 /// How the UMEM was laid out: the same for every socket on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UmemLayout {
-    /// Longest frame that the kernel may write, in bytes.
+    /// Longest frame, or piece of a longer one, that the kernel may write to a chunk.
     pub frame_max: u32,
 }
 
@@ -76,12 +78,19 @@ pub struct RxDesc {
     pub frame: UmemAddr,
     /// Its length in bytes.
     pub len: u32,
+    /// Whether the frame goes on in the next descriptor (XDP_PKT_CONTD).
+    pub more: bool,
 }
 
 impl From<libc::xdp_desc> for RxDesc {
     #[inline]
     fn from(desc: libc::xdp_desc) -> Self {
         let fill = UmemAddr(desc.addr & ((1 << OFFSET_SHIFT) - 1));
-        Self { fill, frame: fill.plus(desc.addr >> OFFSET_SHIFT), len: desc.len }
+        Self {
+            fill,
+            frame: fill.plus(desc.addr >> OFFSET_SHIFT),
+            len: desc.len,
+            more: desc.options & libc::XDP_PKT_CONTD != 0,
+        }
     }
 }

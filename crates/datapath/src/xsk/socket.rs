@@ -48,6 +48,8 @@ pub struct SocketParams {
     pub mode: BindMode,
     /// Layout of the UMEM.
     pub layout: UmemLayout,
+    /// Longest frame. In copy mode it may be longer than those of the layout: it then comes and goes in several pieces.
+    pub frame_max: u32,
     /// The driver's limits, for zero-copy mode; copy mode has its own.
     pub zero_copy_rules: Option<DriverRules>,
 }
@@ -63,6 +65,8 @@ pub struct SharedUmem {
     pub socket: SharedFd,
     /// All guest memory below this address is in it.
     pub end: UmemAddr,
+    /// Frames may arrive in several pieces, on all sockets that have it.
+    pub multi_buffer: bool,
 }
 
 /// Where a socket's UMEM comes from.
@@ -100,6 +104,8 @@ pub struct XskSocket {
     pub(crate) rules: DriverRules,
     /// Guest memory from here on is not in the UMEM: it was added after that was registered.
     pub(crate) umem_end: UmemAddr,
+    /// Longest frame that is delivered; in several pieces where it is longer than those of the layout.
+    pub(crate) frame_max: u32,
     mode: BindMode,
     fill: Producer<u64>,
     completion: Consumer<u64>,
@@ -178,13 +184,16 @@ impl XskSocket {
             )));
         }
         let rules = match (mode, params.zero_copy_rules) {
-            (BindMode::Copy, _) => DriverRules::copy_mode(params.layout.frame_max, copy_mode_pieces_max()),
+            (BindMode::Copy, _) => DriverRules {
+                tx_frame_max: params.frame_max,
+                ..DriverRules::copy_mode(params.layout.frame_max, copy_mode_pieces_max())
+            },
             (BindMode::ZeroCopy, Some(rules)) => rules.within_a_chunk(),
             (BindMode::ZeroCopy, None) => {
                 return Err(Error::Refused("zero-copy mode needs the driver's rules: guest memory is at stake".into()));
             }
         };
-        Ok(Self::over(rings, fd, mode, params.layout, rules, umem_end))
+        Ok(Self { frame_max: params.frame_max, ..Self::over(rings, fd, mode, params.layout, rules, umem_end) })
     }
 
     /// A socket from its parts.
@@ -199,7 +208,13 @@ impl XskSocket {
         let Rings { fill, completion, rx, tx } = rings;
         let raw_fd = fd.as_raw_fd();
         let fd = ClosingFd(Arc::new(Mutex::new(Some(fd))));
-        Self { layout, rules, umem_end, mode, fill, completion, rx, tx, raw_fd, fd }
+        Self { layout, rules, umem_end, frame_max: layout.frame_max, mode, fill, completion, rx, tx, raw_fd, fd }
+    }
+
+    /// Whether frames may arrive in several pieces.
+    #[inline]
+    pub(crate) fn is_multi_buffer(&self) -> bool {
+        self.frame_max > self.layout.frame_max
     }
 
     /// How it was bound, as the kernel says (XDP_OPTIONS).
@@ -214,7 +229,7 @@ impl XskSocket {
 
     /// The descriptor, for statistics, and the UMEM, for sockets that share it.
     pub fn shared_umem(&self) -> SharedUmem {
-        SharedUmem { socket: Arc::clone(&self.fd.0), end: self.umem_end }
+        SharedUmem { socket: Arc::clone(&self.fd.0), end: self.umem_end, multi_buffer: self.is_multi_buffer() }
     }
 
     /// Room in the fill ring, at least `wanted` if there is that much.
@@ -322,19 +337,23 @@ impl XskSocket {
 }
 
 /// Reads a socket's statistics; all zero once it is closed.
-pub fn statistics(fd: &SharedFd) -> Statistics {
-    let guard = fd.lock().unwrap_or_else(PoisonError::into_inner);
+pub fn statistics(umem: &SharedUmem) -> Statistics {
+    let guard = umem.socket.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(fd) = guard.as_ref() else { return Statistics::default() };
     let raw: Result<libc::xdp_statistics, _> = get_option(fd.as_raw_fd(), libc::XDP_STATISTICS);
     // A bound AF_XDP socket always answers; a kernel before 5.9 answers without the later fields, which stay 0.
     raw.map_or_else(
         |_| Statistics::default(),
-        |raw| Statistics {
-            fill_empty: raw.rx_fill_ring_empty_descs.min(raw.rx_dropped),
-            // In copy mode rx_dropped counts both causes (net/xdp/xsk.c: __xsk_rcv).
-            oversize: raw.rx_dropped.saturating_sub(raw.rx_fill_ring_empty_descs),
-            rx_ring_full: raw.rx_ring_full,
-            tx_invalid: raw.tx_invalid_descs,
+        |raw| {
+            // In copy mode rx_dropped counts both causes (net/xdp/xsk.c: __xsk_rcv); of frames in several pieces none is too
+            // long, but fewer fill entries than pieces do not count as an empty ring.
+            let fill_empty = if umem.multi_buffer { raw.rx_dropped } else { raw.rx_fill_ring_empty_descs };
+            Statistics {
+                fill_empty: fill_empty.min(raw.rx_dropped),
+                oversize: raw.rx_dropped.saturating_sub(fill_empty),
+                rx_ring_full: raw.rx_ring_full,
+                tx_invalid: raw.tx_invalid_descs,
+            }
         },
     )
 }
@@ -400,7 +419,10 @@ fn bind_queue(fd: RawFd, umem: &Umem, params: &SocketParams) -> Result<(), Error
         None => None,
     };
     let mode = match params.mode {
+        BindMode::Copy if params.frame_max > params.layout.frame_max => libc::XDP_COPY | libc::XDP_USE_SG,
         BindMode::Copy => libc::XDP_COPY,
+        // Never with XDP_USE_SG: drivers keep their own bookkeeping of a frame's pieces inside the first one, which is guest
+        // memory (kernel-facts, section 5.4).
         BindMode::ZeroCopy => libc::XDP_ZEROCOPY,
     };
     let address = libc::sockaddr_xdp {

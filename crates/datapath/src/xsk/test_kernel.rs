@@ -50,6 +50,8 @@ struct Packet {
 pub(crate) struct TestKernel {
     memory: Arc<GuestMemory>,
     layout: UmemLayout,
+    /// Longest frame, in several pieces where it is longer than those of the layout (XDP_USE_SG).
+    frame_max: u32,
     mode: BindMode,
     fill: Consumer<u64>,
     completion: Producer<u64>,
@@ -66,6 +68,16 @@ pub(crate) struct TestKernel {
 impl TestKernel {
     /// A kernel and a socket bound to it, with the rules of copy mode.
     pub fn bind(memory: &Arc<GuestMemory>, layout: UmemLayout, mode: BindMode) -> (Self, XskSocket) {
+        Self::bind_for(layout.frame_max, memory, layout, mode)
+    }
+
+    /// As [`bind`](Self::bind), for frames of up to `frame_max` bytes.
+    pub fn bind_for(
+        frame_max: u32,
+        memory: &Arc<GuestMemory>,
+        layout: UmemLayout,
+        mode: BindMode,
+    ) -> (Self, XskSocket) {
         // A file as large as the highest of the rings' offsets; sparse.
         let rings = memfd("test-kernel-rings", libc::XDP_UMEM_PGOFF_COMPLETION_RING + (1 << 20));
         let fd = rings.as_raw_fd();
@@ -75,6 +87,7 @@ impl TestKernel {
         let kernel = Self {
             memory: Arc::clone(memory),
             layout,
+            frame_max,
             mode,
             fill: Consumer::map(fd, &OFFSETS, libc::XDP_UMEM_PGOFF_FILL_RING, RX_RING_DESCS).unwrap(),
             completion: Producer::map(fd, &OFFSETS, libc::XDP_UMEM_PGOFF_COMPLETION_RING, COMPLETION_RING_DESCS)
@@ -87,9 +100,10 @@ impl TestKernel {
             socket: socket.try_clone().unwrap(),
         };
         let offsets = libc::xdp_mmap_offsets { rx: OFFSETS, tx: OFFSETS, fr: OFFSETS, cr: OFFSETS };
-        let rules = DriverRules::copy_mode(layout.frame_max, PIECES_MAX);
-        let socket =
+        let rules = DriverRules { tx_frame_max: frame_max, ..DriverRules::copy_mode(layout.frame_max, PIECES_MAX) };
+        let mut socket =
             XskSocket::over(Rings::map(fd, &offsets).unwrap(), socket.into(), mode, layout, rules, memory.end());
+        socket.frame_max = frame_max;
         (kernel, socket)
     }
 

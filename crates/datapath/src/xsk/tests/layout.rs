@@ -24,5 +24,7 @@ fn test_a_frame_lands_where_its_fill_address_was_computed_for() {
     let frame = UmemAddr(0x12_3457);
     let fill = layout.fill_address(frame);
     let desc = libc::xdp_desc { addr: fill.0 | layout.frame_offset() << 48, len: 60, options: 0 };
-    assert_eq!(RxDesc::from(desc), RxDesc { fill, frame, len: 60 });
+    assert_eq!(RxDesc::from(desc), RxDesc { fill, frame, len: 60, more: false });
+    let piece = libc::xdp_desc { options: libc::XDP_PKT_CONTD, ..desc };
+    assert!(RxDesc::from(piece).more, "the frame goes on in the next descriptor");
 }

@@ -20,6 +20,8 @@ pub const QUEUE_SIZE: u16 = 128;
 pub const FRAME_MAX: u32 = 1524;
 const TABLES: IndirectTables = IndirectTables { start: GuestPhysAddr(0x4000), entries: 32 };
 const SLOT_BYTES: u64 = 4096;
+/// Of a bench for long frames.
+pub const LONG_SLOT_BYTES: u64 = 16384;
 /// Memory that many frames refer to at once, and that never changes.
 const SHARED_AT: u64 = 0x2_0000;
 const SHARED_BYTES: u64 = 8192;
@@ -52,6 +54,7 @@ pub struct Bench {
     guest: Guest,
     layout: RingLayout,
     mode: BindMode,
+    slot_bytes: u64,
     pub driver: SplitDriver,
     pub tx: Tx,
     pub flight: TxInFlight,
@@ -71,7 +74,12 @@ pub struct Bench {
 
 impl Bench {
     pub fn new(mode: BindMode) -> Self {
-        let guest = Guest::of_pages((SLOTS_AT + SLOT_BYTES * u64::from(QUEUE_SIZE)) / 4096);
+        Self::for_frames(FRAME_MAX, mode, SLOT_BYTES)
+    }
+
+    /// For frames of up to `frame_max` bytes, each with its memory in a slot.
+    pub fn for_frames(frame_max: u32, mode: BindMode, slot_bytes: u64) -> Self {
+        let guest = Guest::of_pages((SLOTS_AT + slot_bytes * u64::from(QUEUE_SIZE)) / 4096);
         let shared: Vec<u8> = (0..SHARED_BYTES).map(|i| (i * i / 7 + i) as u8).collect();
         guest.vmm.write(GuestPhysAddr(SHARED_AT), &shared).unwrap();
         let layout = RingLayout::contiguous(GuestPhysAddr(0), QUEUE_SIZE);
@@ -79,13 +87,15 @@ impl Bench {
         driver.use_indirect_tables(TABLES).unwrap();
         let config = guest.vring_config(&layout, VIRTIO_F_VERSION_1);
         let tx = Tx::new(Vring::new(guest.memory.clone(), config).unwrap());
-        let (kernel, xsk) = TestKernel::bind(&guest.memory, UmemLayout::for_frames(FRAME_MAX).unwrap(), mode);
+        let umem = UmemLayout::for_frames(FRAME_MAX).unwrap();
+        let (kernel, xsk) = TestKernel::bind_for(frame_max, &guest.memory, umem, mode);
         let mut flight = TxInFlight::new(Slab::new(0, 1));
         flight.start(mode);
         Self {
             guest,
             layout,
             mode,
+            slot_bytes,
             driver,
             tx,
             flight,
@@ -93,7 +103,7 @@ impl Bench {
             kernel,
             counts: Counts::default(),
             posted: HashMap::new(),
-            free_slots: (0..u64::from(QUEUE_SIZE)).map(|slot| SLOTS_AT + slot * SLOT_BYTES).collect(),
+            free_slots: (0..u64::from(QUEUE_SIZE)).map(|slot| SLOTS_AT + slot * slot_bytes).collect(),
             next_frame: 0,
             unsent: HashMap::new(),
             sent: (0, 0),
@@ -115,14 +125,14 @@ impl Bench {
             Piece::Own(gap, len) => own(gap, len),
             Piece::Shared(offset, len) => Segment::readable(GuestPhysAddr(SHARED_AT + offset), len),
         }));
-        assert!(at <= slot + SLOT_BYTES, "a chain fits a slot");
+        assert!(at <= slot + self.slot_bytes, "a chain fits a slot");
         if !chain.split_header && pieces.len() > 1 && pieces[1].address == pieces[0].address.plus(12) {
             let header = pieces.remove(0);
             pieces[0] = Segment::readable(header.address, header.len + pieces[0].len);
         }
         let added = if chain.indirect { self.driver.add_indirect(&pieces) } else { self.driver.add(&pieces) };
         let Ok(head) = added else { return false };
-        self.guest.vmm.write(GuestPhysAddr(slot), &content(self.next_frame)).unwrap();
+        self.guest.vmm.write(GuestPhysAddr(slot), &content(self.next_frame, self.slot_bytes)).unwrap();
         let frame = self.read(&pieces).split_off(12);
         *self.unsent.entry(frame).or_default() += 1;
         self.free_slots.pop();
@@ -168,7 +178,7 @@ impl Bench {
             let used = used.unwrap();
             assert_eq!(used.len, 0, "the device writes nothing on tx");
             let (slot, _) = self.posted.remove(&used.head).unwrap();
-            self.guest.vmm.write(GuestPhysAddr(slot), &[0xee; SLOT_BYTES as usize]).unwrap();
+            self.guest.vmm.write(GuestPhysAddr(slot), &vec![0xee; self.slot_bytes as usize]).unwrap();
             self.free_slots.push(slot);
             self.driver.release(used.head);
             self.used += 1;
@@ -209,7 +219,7 @@ impl Bench {
 
     /// The socket is closed with frames in it; the queue stops and starts again.
     pub fn restart(&mut self) {
-        let (kernel, xsk) = TestKernel::bind(&self.guest.memory, self.xsk.layout, self.mode);
+        let (kernel, xsk) = TestKernel::bind_for(self.xsk.frame_max, &self.guest.memory, self.xsk.layout, self.mode);
         (self.kernel, self.xsk) = (kernel, xsk);
         self.flight.abandon(|head| self.tx.vring.queue.push_used(head, 0));
         self.tx.vring.flush();
@@ -244,6 +254,6 @@ impl Bench {
 }
 
 /// The memory of frame `number`.
-fn content(number: u64) -> Vec<u8> {
-    (0..SLOT_BYTES).map(|i| (i * 11 + number * 37 + i / 256) as u8).collect()
+fn content(number: u64, slot_bytes: u64) -> Vec<u8> {
+    (0..slot_bytes).map(|i| (i * 11 + number * 37 + i / 256) as u8).collect()
 }

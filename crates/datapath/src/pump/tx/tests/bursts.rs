@@ -1,8 +1,9 @@
 use proptest::prelude::*;
 
-use super::bench::{Bench, Chain, FRAME_MAX, Piece};
+use super::bench::{Bench, Chain, FRAME_MAX, LONG_SLOT_BYTES, Piece};
 use crate::fixture::cases;
-use crate::xsk::BindMode;
+use crate::stats::BounceReason;
+use crate::xsk::{BindMode, LONG_FRAME_BYTES_MAX};
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -41,9 +42,22 @@ fn chain() -> impl Strategy<Value = Chain> {
     })
 }
 
-fn step() -> impl Strategy<Value = Step> {
+/// Chains of long frames: in a few pieces that are longer than a descriptor takes or not, or in too many.
+fn long_chain() -> impl Strategy<Value = Chain> {
+    let piece = || (0u64..3, prop_oneof![1u32..5000, 4095u32..4098, Just(8192u32)]);
+    let own = |pieces: Vec<(u64, u32)>| pieces.into_iter().map(|(gap, len)| Piece::Own(gap, len)).collect::<Vec<_>>();
+    let fits = |pieces: &Vec<(u64, u32)>| pieces.iter().map(|(_, len)| len).sum::<u32>() <= LONG_FRAME_BYTES_MAX + 2;
+    let pieces = prop_oneof![
+        4 => prop::collection::vec(piece(), 1..4).prop_filter("frames are not much too long", fits).prop_map(own),
+        2 => (0u64..3, 4000u32..=LONG_FRAME_BYTES_MAX + 2).prop_map(|(gap, len)| vec![Piece::Own(gap, len)]),
+        1 => (16u32..480).prop_map(|len| vec![Piece::Own(1, len); 19]),
+    ];
+    (any::<bool>(), pieces).prop_map(|(split_header, pieces)| Chain { split_header, indirect: true, pieces })
+}
+
+fn step(chain: impl Strategy<Value = Chain>) -> impl Strategy<Value = Step> {
     prop_oneof![
-        5 => prop::collection::vec(chain(), 1..12).prop_map(Step::Post),
+        5 => prop::collection::vec(chain, 1..12).prop_map(Step::Post),
         5 => Just(Step::Burst),
         4 => prop_oneof![1usize..40, Just(256usize)].prop_map(Step::Send),
         8 => any::<prop::sample::Index>().prop_map(Step::Complete),
@@ -53,8 +67,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn run(mode: BindMode, steps: Vec<Step>) -> Result<(), TestCaseError> {
-    let mut bench = Bench::new(mode);
+fn run(mut bench: Bench, steps: Vec<Step>) -> Result<(), TestCaseError> {
     let mut lost = 0;
     for step in steps {
         match step {
@@ -107,16 +120,23 @@ proptest! {
 
     #[test]
     fn test_in_copy_mode_every_frame_leaves_whole_and_every_head_comes_back_once(
-        steps in prop::collection::vec(step(), 1..80),
+        steps in prop::collection::vec(step(chain()), 1..80),
     ) {
-        run(BindMode::Copy, steps)?;
+        run(Bench::new(BindMode::Copy), steps)?;
     }
 
     #[test]
     fn test_with_exact_completions_every_frame_leaves_whole_and_every_head_comes_back_once(
-        steps in prop::collection::vec(step(), 1..80),
+        steps in prop::collection::vec(step(chain()), 1..80),
     ) {
-        run(BindMode::ZeroCopy, steps)?;
+        run(Bench::new(BindMode::ZeroCopy), steps)?;
+    }
+
+    #[test]
+    fn test_frames_longer_than_a_chunk_leave_whole_and_every_head_comes_back_once(
+        steps in prop::collection::vec(step(prop_oneof![chain(), long_chain()]), 1..60),
+    ) {
+        run(Bench::for_frames(LONG_FRAME_BYTES_MAX, BindMode::Copy, LONG_SLOT_BYTES), steps)?;
     }
 }
 
@@ -130,4 +150,35 @@ fn test_whole_frames_leave_from_the_guests_memory_and_not_a_byte_is_copied() {
     }
     let counts = bench.counts;
     assert_eq!((counts.frames, counts.direct, counts.copied_bytes, bench.sent.0), (160, 160, 0, 160));
+}
+
+#[test]
+fn test_a_long_frame_is_cut_into_descriptors_and_not_copied() {
+    let mut bench = Bench::for_frames(LONG_FRAME_BYTES_MAX, BindMode::Copy, LONG_SLOT_BYTES);
+    let longest = LONG_FRAME_BYTES_MAX;
+    bench.post_all(&[
+        Chain::of(&[Piece::Own(0, longest)]),
+        Chain::of(&[Piece::Own(1, 4096), Piece::Own(2, 4096), Piece::Own(0, longest - 8192)]),
+        Chain::of(&[Piece::Own(1, 54), Piece::Own(2, 8960)]),
+    ]);
+    bench.burst();
+    let pieces = bench.kernel.pieces_to_read();
+    let lens: Vec<_> = pieces.iter().map(|(_, len)| *len).collect();
+    assert_eq!(lens, [4096, 4096, longest - 8192, 4096, 4096, longest - 8192, 54, 4096, 4096, 768]);
+    bench.settle_down();
+    assert_eq!((bench.counts.direct, bench.counts.copied_bytes, bench.sent.0), (3, 0, 3));
+}
+
+#[test]
+fn test_a_long_frame_in_too_many_pieces_is_copied_once_into_several_slab_frames() {
+    let mut bench = Bench::for_frames(LONG_FRAME_BYTES_MAX, BindMode::Copy, LONG_SLOT_BYTES);
+    for _ in 0..200 {
+        bench.post_all(&[Chain::of(&[Piece::Own(1, 480); 19])]);
+        bench.burst();
+        bench.take();
+        assert_eq!(bench.driver.outstanding(), 0, "a copied frame's head is used at once");
+        bench.settle_down();
+    }
+    assert_eq!(bench.counts.bounced[BounceReason::TooManyPieces as usize], 200);
+    assert_eq!((bench.counts.copied_bytes, bench.sent), (200 * 19 * 480, (200, 200 * 19 * 480)));
 }
