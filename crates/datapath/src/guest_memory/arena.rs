@@ -17,12 +17,19 @@ pub(super) struct Arena {
 }
 
 impl Arena {
-    pub fn reserve(len_bytes: u64) -> Result<Self, HostError> {
-        Ok(Self { mapping: Mapping::reserve(len_bytes)?, tail: AtomicU64::new(0) })
+    /// `least_bytes` are needed now, `most_bytes` if memory is to grow as far as the kernel lets it: a process with a
+    /// limit (`ulimit -v`) has room for less.
+    pub fn reserve(least_bytes: u64, most_bytes: u64) -> Result<Self, HostError> {
+        Ok(Self { mapping: Mapping::reserve_between(least_bytes, most_bytes)?, tail: AtomicU64::new(0) })
     }
 
     pub fn start(&self) -> u64 {
         self.mapping.start()
+    }
+
+    /// Whether there is room for memory that ends at `end`, `base` being the address of `UmemAddr(0)`.
+    pub fn has_room(&self, base: NonNull<u8>, end: UmemAddr) -> bool {
+        self.mapping.holds(address(base, end), TAIL_SLAB_BYTES)
     }
 
     /// Lets `map` map what lies between `from`, where the tail slab is, and `to`, where it goes; `base` is the address of

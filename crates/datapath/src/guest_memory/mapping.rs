@@ -31,6 +31,17 @@ impl Mapping {
         }
     }
 
+    /// Reserves `most_bytes`, or what there is if that is at least `least_bytes`.
+    pub fn reserve_between(least_bytes: u64, most_bytes: u64) -> Result<Self, HostError> {
+        let mut len_bytes = most_bytes;
+        loop {
+            match Self::reserve(len_bytes) {
+                Err(_) if len_bytes > least_bytes => len_bytes = least_bytes.max(len_bytes / 2),
+                result => return result,
+            }
+        }
+    }
+
     pub fn start(&self) -> u64 {
         self.start.as_ptr() as u64
     }
@@ -52,9 +63,13 @@ impl Mapping {
         self.map(at, len_bytes, libc::PROT_NONE, flags, -1, 0)
     }
 
+    /// Whether a range lies in the reservation.
+    pub fn holds(&self, at: u64, len_bytes: u64) -> bool {
+        at >= self.start() && at + len_bytes <= self.start() + self.len_bytes as u64
+    }
+
     fn map(&self, at: u64, len_bytes: u64, access: i32, flags: i32, fd: RawFd, offset: u64) -> Result<(), i32> {
-        let inside = at >= self.start() && at + len_bytes <= self.start() + self.len_bytes as u64;
-        assert!(inside, "what is mapped lies in the reservation");
+        assert!(self.holds(at, len_bytes), "what is mapped lies in the reservation");
         let (flags, offset) = (flags | libc::MAP_FIXED, offset as libc::off_t);
         // SAFETY: MAP_FIXED replaces a part of this reservation (checked above), which is its user's to replace.
         let got = unsafe { libc::mmap(at as *mut _, len_bytes as usize, access, flags, fd, offset) };

@@ -96,6 +96,11 @@ impl GuestMemory {
     /// [`Error::Refused`] if regions overlap, wrap around or make a UMEM larger than the kernel takes; [`Error::Host`] if a file
     /// cannot be mapped.
     pub fn map(specs: &[RegionSpec], slab_bytes: u64) -> Result<Self, Error> {
+        Self::map_with_room(specs, slab_bytes, UMEM_CHUNKS_MAX * PAGE_BYTES)
+    }
+
+    /// As [`map`](Self::map), with addresses to grow to `most_bytes`, or to less if there are fewer.
+    fn map_with_room(specs: &[RegionSpec], slab_bytes: u64, most_bytes: u64) -> Result<Self, Error> {
         assert!(slab_bytes.is_multiple_of(PAGE_BYTES), "slabs are whole pages");
         check_overlap(specs.iter().map(range))?;
         let extents = extents(specs)?;
@@ -103,7 +108,8 @@ impl GuestMemory {
         let align = extents.first().map_or(PAGE_BYTES, |e| e.page_bytes);
 
         // The first region starts at a multiple of its page size; the slab ends there.
-        let arena = Arena::reserve(UMEM_CHUNKS_MAX * PAGE_BYTES + align)?;
+        let least_bytes = slab_bytes + total_bytes(&extents) + TAIL_SLAB_BYTES;
+        let arena = Arena::reserve(least_bytes + align, most_bytes.max(least_bytes) + align)?;
         let base = (arena.start() + slab_bytes).next_multiple_of(align) - slab_bytes;
         let base = NonNull::new(base as *mut u8).ok_or_else(|| Error::Refused("mapped at address zero".into()))?;
         arena.map_slab(address(base, UmemAddr(0)), slab_bytes)?;
@@ -113,7 +119,8 @@ impl GuestMemory {
     }
 
     /// The same memory with more regions behind those there are, at addresses that nothing used before. `None` if their
-    /// pages cannot be aligned there without a hole, or if there would be too many: then everything has to be mapped anew.
+    /// pages cannot be aligned there without a hole, or if there is no room for so many: then everything has to be mapped
+    /// anew.
     /// Only the newest memory of an arena can be extended.
     ///
     /// # Errors
@@ -122,7 +129,9 @@ impl GuestMemory {
         check_overlap(specs.iter().map(range).chain(self.regions.iter().map(|r| (r.guest_phys, r.size_bytes))))?;
         let extents = extents(specs)?;
         let is_aligned = |extent: &Extent| self.offset_in_page(self.end, extent.page_bytes) == 0;
-        if !extents.first().is_none_or(is_aligned) || check_size(self.end.0, &extents).is_err() {
+        let is_small_enough = check_size(self.end.0, &extents).is_ok()
+            && self.arena.has_room(self.base, self.end.plus(total_bytes(&extents)));
+        if !extents.first().is_none_or(is_aligned) || !is_small_enough {
             return Ok(None);
         }
         self.extended(&extents).map(Some)
@@ -130,8 +139,7 @@ impl GuestMemory {
 
     /// Maps extents behind the regions there are, those with the biggest pages first; the first one is aligned there.
     fn extended(&self, extents: &[Extent]) -> Result<Self, Error> {
-        let lengths: u64 = extents.iter().map(|e| e.len_bytes).sum();
-        let end = self.end.plus(lengths);
+        let end = self.end.plus(total_bytes(extents));
         self.arena.grow(self.base, self.end, end, || {
             let mut at = self.end;
             for extent in extents {
@@ -385,6 +393,10 @@ fn extents(specs: &[RegionSpec]) -> Result<Vec<Extent>, Error> {
     let mut extents = specs.iter().map(Extent::of).collect::<Result<Vec<_>, _>>()?;
     extents.sort_by_key(|e| std::cmp::Reverse(e.page_bytes));
     Ok(extents)
+}
+
+fn total_bytes(extents: &[Extent]) -> u64 {
+    extents.iter().map(|extent| extent.len_bytes).sum()
 }
 
 /// Refuses what makes, with `before` bytes in front of it, a UMEM that the kernel would not take.

@@ -18,6 +18,18 @@ fn two_pages(file: &std::os::fd::OwnedFd) -> GuestMemory {
 }
 
 #[test]
+fn test_where_addresses_are_scarce_memory_is_mapped_with_less_room_to_grow() {
+    let file = memfd("scarce", 8 * PAGE_BYTES);
+    // More than a process has; the half of it is there.
+    assert!(GuestMemory::map_with_room(&[region(&file, 0, PAGE_BYTES, 0)], PAGE_BYTES, 1 << 47).is_ok());
+    // A slab, the region, the tail slab, a page for the alignment: nothing else.
+    let tight = GuestMemory::map_with_room(&[region(&file, 0, PAGE_BYTES, 0)], PAGE_BYTES, 0).unwrap();
+    let more = |pages| [region(&file, 1 << 30, pages * PAGE_BYTES, 0)];
+    assert!(tight.with_regions(&more(2)).unwrap().is_none(), "it has to be mapped anew");
+    assert_eq!(accessible_bytes(&tight), tight.len_bytes());
+}
+
+#[test]
 fn test_addresses_of_before_mean_the_same_in_memory_with_more_regions() {
     let guest = vmm::GuestMemory::new(&[
         RegionConfig::memfd(0x10_0000, 2 * PAGE_BYTES),
