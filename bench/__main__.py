@@ -6,20 +6,18 @@ import argparse
 import asyncio
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import msgspec
 
+from bench.cargo import ROOT, build
 from bench.load import FRAME_SIZES, Plan, full_plan, quick_plan
 from bench.plots import plot
 from bench.results import Results
 from bench.run import run
 from bench.table import markdown
 from mpassthru.errors import MpassthruError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
@@ -31,7 +29,9 @@ def main() -> int:
         return 1
     command = shlex.join(("python", "-m", "bench", *sys.argv[1:]))
     try:
-        results = asyncio.run(run(plan, limit_program=build_limit(), command=command, say=_say, only=arguments.only))
+        results = asyncio.run(
+            run(plan, limit_program=build("mpassthru-limit"), command=command, say=_say, only=arguments.only)
+        )
     except MpassthruError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -61,13 +61,6 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     if arguments.sizes is not None:
         changes["loads"] = tuple(load for load in plan.loads if load.frame_bytes in arguments.sizes)
     return msgspec.structs.replace(plan, **changes)
-
-
-def build_limit() -> Path:
-    """Build the limit's program; its path."""
-    command = ("cargo", "build", "--quiet", "--locked", "--release", "-p", "mpassthru-limit")
-    subprocess.run(command, cwd=ROOT, check=True)
-    return Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release/mpassthru-limit"
 
 
 def _write(results: Results, folder: Path) -> None:

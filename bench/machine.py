@@ -14,12 +14,11 @@ from bench.placement import Placement
 def machine(placement: Placement) -> dict[str, str]:
     """What a reader needs to know to compare."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", cpuinfo)
     memory_kib = int(Path("/proc/meminfo").read_text().partition("MemTotal:")[2].split()[0])
     hypervisor = Path("/sys/hypervisor/type")
     in_vm = hypervisor.exists() or "hypervisor" in cpuinfo
     return {
-        "cpu": f"{model[1] if model else 'unknown'}, {len(os.sched_getaffinity(0))} CPUs" + (" (VM)" if in_vm else ""),
+        "cpu": f"{_cpu()}, {len(os.sched_getaffinity(0))} CPUs" + (" (VM)" if in_vm else ""),
         "memory": f"{memory_kib / (1 << 20):.1f} GiB",
         "kernel": os.uname().release,
         "interface": "veth pair in a network namespace, one queue, MTU 1500, GRO on, native XDP",
@@ -28,6 +27,19 @@ def machine(placement: Placement) -> dict[str, str]:
         "mpassthru": f"{version('mpassthru')} {_revision()}",
         "dpdk": _debian_version("dpdk"),
     }
+
+
+def toolchain() -> dict[str, str]:
+    """What instruction counts depend on."""
+    versions = (("rustc", "--version"), ("valgrind", "--version"), ("ldd", "--version"))
+    lines = (subprocess.run(it, capture_output=True, text=True, check=True).stdout.splitlines()[0] for it in versions)
+    rust, valgrind, libc = lines
+    return {"cpu": _cpu(), "rust": rust, "valgrind": valgrind, "libc": libc, "mpassthru": _revision()}
+
+
+def _cpu() -> str:
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return model[1] if model else "unknown"
 
 
 def _revision() -> str:

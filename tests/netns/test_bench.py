@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench.__main__ import build_limit
+from bench.cargo import build
 from bench.load import Load, quick_plan
 from bench.run import run
 
@@ -24,7 +24,7 @@ async def test_every_frame_of_a_run_is_accounted_for() -> None:
     plan = msgspec.structs.replace(quick_plan(), name="test", rounds=1, seconds=0.5, warm_up_s=0.02, loads=LOADS)
     results = await run(
         plan,
-        limit_program=build_limit(),
+        limit_program=build("mpassthru-limit"),
         command="pytest",
         say=lambda _: None,
         only=("limit", "mpassthru copy", "mpassthru packet"),

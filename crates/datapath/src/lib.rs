@@ -8,8 +8,8 @@
 pub mod engine;
 pub mod error;
 pub mod fd;
-#[cfg(any(test, feature = "fuzzing"))]
-// For tests and fuzzing: what cannot be made ends them.
+#[cfg(any(test, feature = "test-utils"))]
+// For tests, fuzzing and benches: what cannot be made ends them.
 #[allow(clippy::unwrap_used, missing_docs, dead_code)]
 mod fixture;
 #[cfg(feature = "fuzzing")]
@@ -19,6 +19,12 @@ pub mod fuzzing {
     pub use crate::pump::fuzz::{racing_ring_case, ring_case};
 }
 pub mod guest_memory;
+#[cfg(feature = "test-utils")]
+pub mod microbench {
+    //! Scenes for the microbenchmarks of `bench/microbench`.
+
+    pub use crate::pump::microbench::{Path, Plan, Scene, Way};
+}
 pub mod offload;
 mod packet;
 pub mod pump;

@@ -20,6 +20,8 @@ pub(crate) use command::CommandQueue;
 pub use command::{Command, Completion, Event, EventQueue};
 #[cfg(feature = "fuzzing")]
 pub(crate) use run::fuzz;
+#[cfg(feature = "test-utils")]
+pub(crate) use run::microbench;
 pub(crate) use run::{Pump, PumpView};
 pub(crate) use slab::slab_bytes;
 pub use vring::VringConfig;

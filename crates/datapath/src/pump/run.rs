@@ -137,15 +137,26 @@ impl Pump {
                     return;
                 }
             }
-            if self.work() > 0 {
-                self.spin.worked();
-                self.publish();
-            } else if self.has_no_queue() || !self.spin.look_again() {
+            if self.round() {
+                continue;
+            }
+            if self.has_no_queue() || !self.spin.look_again() {
                 self.wait();
             } else {
                 std::hint::spin_loop();
             }
         }
+    }
+
+    /// One burst each way, and what is told of it. Whether anything was moved.
+    #[inline]
+    fn round(&mut self) -> bool {
+        if self.work() == 0 {
+            return false;
+        }
+        self.spin.worked();
+        self.publish();
+        true
     }
 
     /// One burst each way. Returns how much was moved.
@@ -551,5 +562,9 @@ impl Pump {
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
+#[cfg(feature = "test-utils")]
+// For benches: what cannot be made ends them.
+#[allow(clippy::unwrap_used)]
+pub(crate) mod microbench;
 #[cfg(test)]
 mod tests;

@@ -7,8 +7,8 @@
 mod ring;
 mod rules;
 mod socket;
-#[cfg(any(test, feature = "fuzzing"))]
-// A model, for tests and fuzzing: what it cannot do ends it.
+#[cfg(any(test, feature = "test-utils"))]
+// A model, for tests, fuzzing and benches: what it cannot do ends it.
 #[allow(clippy::unwrap_used, missing_docs, dead_code)]
 pub(crate) mod test_kernel;
 #[cfg(test)]

@@ -176,7 +176,7 @@ impl<T: Copy> Consumer<T> {
 }
 
 /// What only the kernel does; see `test_kernel`.
-#[cfg(any(test, feature = "fuzzing"))]
+#[cfg(any(test, feature = "test-utils"))]
 impl<T: Copy> Consumer<T> {
     /// Takes back the reading of the `count` entries read last.
     pub fn unread(&mut self, count: u32) {
@@ -197,7 +197,7 @@ impl<T: Copy> Consumer<T> {
     }
 }
 
-#[cfg(any(test, feature = "fuzzing"))]
+#[cfg(any(test, feature = "test-utils"))]
 impl<T: Copy> Producer<T> {
     /// As if `index` entries had gone through already.
     #[cfg(test)]
