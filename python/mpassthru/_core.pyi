@@ -101,6 +101,8 @@ class SocketConfig:
         room_bytes: int | None = None,
         zero_copy_rules: ZeroCopyRules | None = None,
     ) -> SocketConfig: ...
+    @property
+    def mode(self) -> Literal["packet", "copy", "zero-copy"]: ...
 
 @final
 class Event:
@@ -111,11 +113,14 @@ class Event:
         ``fault``: virtqueue `vring` was stopped; `error` is a QueueFault.
         ``kicked-empty``: virtqueue `vring` was kicked twice while its rings held nothing but zeros (told once): if that
             lasts, the front-end's memory is not shared with us.
+        ``distrusted``: the kernel answered queue pair `vring` // 2 with a buffer that it did not have. Its socket is
+            closed, and counts as attached until it is detached; `value` is 1 if it was in zero-copy mode, `error` is a
+            HostError.
         ``host-error``: the socket of queue pair `vring` // 2 no longer works; `error` is a HostError.
     """
 
     @property
-    def kind(self) -> Literal["completed", "fault", "kicked-empty", "host-error"]: ...
+    def kind(self) -> Literal["completed", "fault", "kicked-empty", "distrusted", "host-error"]: ...
     @property
     def token(self) -> int: ...
     @property

@@ -58,6 +58,8 @@ class Configure(_Message, frozen=True):
     """What a NIC or the kernel may write into a guest buffer, without the virtio-net header."""
     socket_mode: SocketMode
     poll: PollMode
+    driver: str | None = None
+    """Of the interface, for messages."""
     zero_copy_rules: ZeroCopyRules | None = None
     """Set if `socket_mode` is `zero-copy`."""
     uid: int | None = None

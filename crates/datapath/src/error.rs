@@ -5,6 +5,8 @@
 
 use std::io;
 
+use crate::guest_memory::UmemAddr;
+
 /// The driver broke the ring protocol. Stops that virtqueue and nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum QueueFault {
@@ -92,6 +94,23 @@ pub enum QueueFault {
     },
 }
 
+/// The kernel's answer to nothing that it was given: a received frame in a buffer that it did not have, or a completion of
+/// what was not sent. Not the guest's doing, and nothing else that this socket says can be believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the kernel named {0:?}, which it did not have")]
+pub(crate) struct UnknownAnswer(pub UmemAddr);
+
+/// How a burst ends early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum BurstError {
+    /// The guest's doing.
+    #[error(transparent)]
+    Fault(#[from] QueueFault),
+    /// The kernel's, or its driver's.
+    #[error(transparent)]
+    Unknown(#[from] UnknownAnswer),
+}
+
 /// A system call failed, or the host cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
 #[error("{attempted} ({name}): {advice}", name = errno_name(*.errno))]
@@ -137,6 +156,7 @@ pub fn errno_name(errno: i32) -> String {
         libc::EPERM => "EPERM",
         libc::ENOENT => "ENOENT",
         libc::EINTR => "EINTR",
+        libc::EIO => "EIO",
         libc::EBADF => "EBADF",
         libc::EAGAIN => "EAGAIN",
         libc::ENOMEM => "ENOMEM",

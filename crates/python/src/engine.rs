@@ -200,6 +200,15 @@ impl SocketConfig {
         let params = Some(SocketParams { ifindex, queue_id, mode, layout, frame_max, zero_copy_rules });
         Ok(Self { socket_fd, params, frame_max: frame_max_bytes })
     }
+
+    #[getter]
+    fn mode(&self) -> &'static str {
+        match self.params {
+            None => "packet",
+            Some(SocketParams { mode: BindMode::Copy, .. }) => "copy",
+            Some(SocketParams { mode: BindMode::ZeroCopy, .. }) => "zero-copy",
+        }
+    }
 }
 
 /// Something that happened on a pump thread.
@@ -236,6 +245,10 @@ impl From<pump::Event> for Event {
             }
             pump::Event::Fault { vring, fault } => {
                 Self { kind: "fault", vring, error: Some(fault_error(&fault)), ..blank }
+            }
+            pump::Event::Distrusted { vring, mode, error } => {
+                let value = u64::from(mode == BindMode::ZeroCopy);
+                Self { kind: "distrusted", vring, value, error: Some(host_error_of(&error)), ..blank }
             }
             pump::Event::KickedEmpty { vring } => Self { kind: "kicked-empty", vring, ..blank },
             pump::Event::Host { vring, error } => {

@@ -226,6 +226,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
             Configure(
                 interface=interface.name,
                 ifindex=interface.ifindex,
+                driver=interface.driver,
                 queue_ids=queue_ids,
                 mtu_bytes=interface.mtu_bytes,
                 frame_max_bytes=frame_max_bytes(interface),

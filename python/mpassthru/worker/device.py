@@ -83,6 +83,7 @@ class PortDevice:
             stopped.
         on_resumed: Called with a virtqueue and how many of its buffers an earlier worker had, if any.
         notice: Called with one line for the user.
+        trouble: Called with one line that says what went wrong.
         records: Where to write down what is in flight, for front-ends that keep no record; None for nowhere.
     """
 
@@ -95,6 +96,7 @@ class PortDevice:
         on_running: Callable[[bool], None],
         on_resumed: Callable[[int, int], None],
         notice: Callable[[str], None],
+        trouble: Callable[[str], None],
         records: InflightRecords | None = None,
     ) -> None:
         self.queue_pairs_max = len(configuration.queue_ids)
@@ -110,6 +112,7 @@ class PortDevice:
         self._on_running = on_running
         self._on_resumed = on_resumed
         self._notice = notice
+        self._trouble = trouble
         self._records = records
         self._running: dict[int, Vring] = {}
         self._regions: tuple[MemoryRegion, ...] = ()
@@ -121,6 +124,8 @@ class PortDevice:
         """A virtqueue ran with logging on while there was no log: QEMU sends it after the start."""
         self._locked_bytes = 0
         """How much the broker allows to be locked."""
+        self._copy_only = False
+        """Zero-copy mode has gone wrong: sockets are made in copy mode from then on."""
         self._attaching = [asyncio.Lock() for _ in configuration.queue_ids]
         self._unproven = set(range(self.queue_pairs_max)) if self._zero_copy else set()
         """Queue pairs whose last zero-copy socket is closed, and whose hardware queue was not seen free since. To begin
@@ -346,6 +351,39 @@ class PortDevice:
         if not self._running:
             self._on_running(False)
 
+    async def distrust(self, queue_pair: int, error: str, *, zero_copy: bool) -> None:
+        """The kernel answered with a buffer that it did not have, and the engine has closed that socket.
+
+        In zero-copy mode that is the driver's doing. All queue pairs are that driver's, and go on in copy mode, where
+        the kernel stands in between. If copy mode has gone wrong there is nothing to go on in: the engine has stopped
+        both virtqueues until the front-end starts them again. docs/decisions/0012.
+
+        Args:
+            queue_pair: Whose socket it was.
+            error: What the engine has seen.
+            zero_copy: The socket's mode.
+        """
+        suspect = f"{error}; suspect its driver, {self._configuration.driver} of {self._configuration.interface}"
+        try:
+            if zero_copy:
+                self._trouble(f"{suspect}; going on in copy mode, as long as this worker lives")
+                await self._leave_zero_copy()
+            else:
+                self._trouble(f"{suspect}; both virtqueues of the pair stand still until the guest starts them anew")
+                await self.give_up_socket(queue_pair)
+        except ControlError:
+            return  # the broker is gone, and with it this process
+        except MpassthruError as failure:
+            self._trouble(f"queue pair {queue_pair} stands still: {failure}")
+
+    async def _leave_zero_copy(self) -> None:
+        self._copy_only = True
+        attached = [pair for pair in range(self.queue_pairs_max) if self._engine.socket_attached(pair)]
+        for pair in attached:
+            self._discard_prepared(pair)
+        # All at once: what is left in zero-copy mode would force it upon those that share its UMEM.
+        await self.replace_sockets(attached)
+
     async def give_up_socket(self, queue_pair: int) -> None:
         """Close a socket; its virtqueues stay, and its buffers go back to them when they stop or get a new one.
 
@@ -528,12 +566,12 @@ class PortDevice:
             os.close(fd)
 
     def _socket_config(self, queue_pair: int, fd: int) -> _core.SocketConfig:
-        rules = self._configuration.zero_copy_rules
+        rules = None if self._copy_only else self._configuration.zero_copy_rules
         return _core.SocketConfig(
             socket_fd=fd,
             ifindex=self._configuration.ifindex,
             queue_id=self._configuration.queue_ids[queue_pair],
-            mode=self._configuration.socket_mode,
+            mode="copy" if self._copy_only else self._configuration.socket_mode,
             frame_max_bytes=rules.frame_room_bytes if rules else self._configuration.frame_max_bytes,
             zero_copy_rules=core_rules(rules) if rules else None,
         )

@@ -62,6 +62,7 @@ class Worker:
             on_running=lambda running: self._tell_state("running" if running else "connected"),
             on_resumed=lambda vring, buffers: self._tell(control.Resumed(vring=vring, buffers=buffers)),
             notice=self._notice,
+            trouble=lambda text: self._notice(text, trouble=True),
             records=records,
         )
         self._backend = Backend(self._device)
@@ -152,6 +153,9 @@ class Worker:
             case "host-error":
                 # The engine tries again by itself: a link that went down comes back.
                 self._notice(str(event.error), trouble=True)
+            case "distrusted":
+                zero_copy = bool(event.value)
+                self._tasks.create_task(self._device.distrust(event.vring // 2, str(event.error), zero_copy=zero_copy))
             case "kicked-empty":
                 # Harmless if the driver has only not begun; a front-end that keeps its memory private never begins.
                 if self._suspicion is None:

@@ -6,6 +6,7 @@ import errno
 import os
 from dataclasses import dataclass, field
 
+from mpassthru._core import SocketConfig
 from mpassthru.errors import HostError
 
 
@@ -88,12 +89,12 @@ class FakeEngine:
     def socket_lacks_memory(self, queue_pair: int) -> bool:
         return queue_pair in self.lacking
 
-    def attach_socket(self, queue_pair: int, config: object) -> int:
+    def attach_socket(self, queue_pair: int, config: SocketConfig) -> int:
         error = self.attach_errors.pop(0) if self.attach_errors else None
         if error is None:
             self.attached.add(queue_pair)
             self.lacking.discard(queue_pair)
-        return self._operation(f"attach {queue_pair}", value=int(self.zero_copy), error=error)
+        return self._operation(f"attach {queue_pair}", value=int(config.mode == "zero-copy"), error=error)
 
     def detach_socket(self, queue_pair: int) -> int:
         self.attached.discard(queue_pair)

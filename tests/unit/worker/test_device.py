@@ -100,6 +100,7 @@ async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
         on_running=lambda running: notices.append("running" if running else "idle"),
         on_resumed=lambda index, buffers: notices.append(f"{buffers} of virtqueue {index}"),
         notice=notices.append,
+        trouble=notices.append,
     )
     bench = Bench(device, fake, broker, notices, [])
     playing = asyncio.create_task(bench.play_broker(client, far))
@@ -593,6 +594,7 @@ def test_multiqueue_is_offered_only_with_several_queues() -> None:
             on_running=lambda _: None,
             on_resumed=print,
             notice=print,
+            trouble=print,
         ).features
 
     assert not features(1) & VirtioFeature.VIRTIO_NET_F_MQ

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -143,6 +144,19 @@ async def test_host_error_of_a_queue_pair_is_told_and_the_engine_left_to_recover
 
     assert await bench.expect(control.Notice) == control.Notice(text="network is down", trouble=True)
     assert bench.engine.calls == []
+
+
+async def test_answer_of_the_kernel_that_nobody_asked_for_is_told_and_the_socket_given_up(bench: Bench) -> None:
+    bench.engine.attached.add(0)
+    error = HostError(errno.EIO, "the kernel has sent what was not given to it")
+    bench.engine.emit(FakeEvent(kind="distrusted", vring=1, value=0, error=error))
+
+    notice = await bench.expect(control.Notice)
+
+    assert notice.trouble
+    assert notice.text.startswith("the kernel has sent what was not given to it; suspect its driver, ")
+    assert await bench.expect(control.SocketReleased) == control.SocketReleased(queue_pair=0)
+    assert bench.engine.calls == ["detach 0"]
 
 
 async def test_broker_that_does_not_read_ends_the_worker(bench: Bench) -> None:

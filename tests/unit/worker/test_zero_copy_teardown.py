@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import AsyncIterator
@@ -11,11 +12,12 @@ from typing import Any, cast
 import msgspec
 import pytest
 from fake_engine import FakeEngine
-from test_device import VRING, configuration
+from test_device import TIMEOUT_S, VRING, configuration
 
 from mpassthru.errors import HostError
 from mpassthru.rules import ZeroCopyRules
 from mpassthru.vhost_user import VirtioFeature
+from mpassthru.worker import device as device_module
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.device import PortDevice, wants_longer_buffers
 
@@ -62,20 +64,29 @@ class Bench:
     device: PortDevice
     engine: FakeEngine
     sockets: FakeSockets
+    troubles: list[str]
 
 
 @pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     fake = FakeEngine(zero_copy=True, kernel_has_buffers=True)
     sockets = FakeSockets(fake.calls)
     engine = AsyncEngine(cast(Any, fake), lambda _: None)
-    port = msgspec.structs.replace(configuration(), socket_mode="zero-copy", zero_copy_rules=RULES)
+    port = configuration(getattr(request, "param", 1))
+    port = msgspec.structs.replace(port, driver="nic", socket_mode="zero-copy", zero_copy_rules=RULES)
+    troubles: list[str] = []
     device = PortDevice(
-        engine, cast(Any, sockets), port, on_running=lambda _: None, on_resumed=print, notice=lambda _: None
+        engine,
+        cast(Any, sockets),
+        port,
+        on_running=lambda _: None,
+        on_resumed=print,
+        notice=lambda _: None,
+        trouble=troubles.append,
     )
     await device.start_vring(0, VRING)
     fake.calls.clear()
-    yield Bench(device, fake, sockets)
+    yield Bench(device, fake, sockets, troubles)
     engine.close()
 
 
@@ -131,7 +142,13 @@ async def test_first_socket_waits_until_what_a_dead_worker_left_is_free() -> Non
     engine = AsyncEngine(cast(Any, fake), lambda _: None)
     port = msgspec.structs.replace(configuration(), socket_mode="zero-copy", zero_copy_rules=RULES)
     device = PortDevice(
-        engine, cast(Any, FakeSockets(fake.calls)), port, on_running=print, on_resumed=print, notice=print
+        engine,
+        cast(Any, FakeSockets(fake.calls)),
+        port,
+        on_running=print,
+        on_resumed=print,
+        notice=print,
+        trouble=print,
     )
 
     await device.start_vring(0, VRING)
@@ -140,11 +157,61 @@ async def test_first_socket_waits_until_what_a_dead_worker_left_is_free() -> Non
     assert fake.calls.index("free 0") < fake.calls.index("attach 0") < fake.calls.index("start 0")
 
 
+ERROR = "queue pair 0: the kernel has received into a buffer that was not given to it"
+SUSPECT = f"{ERROR}; suspect its driver, nic of eth9"
+
+
+async def test_distrusted_zero_copy_goes_on_in_copy_mode_once_the_queue_is_free(bench: Bench) -> None:
+    await bench.device.distrust(0, ERROR, zero_copy=True)
+
+    assert bench.engine.calls == ["detach 0", "free 0", "attach 0", "bound 0 copy"]
+    assert bench.troubles == [f"{SUSPECT}; going on in copy mode, as long as this worker lives"]
+
+    bench.engine.calls.clear()
+    await bench.device.stop_vring(0)
+    await bench.device.start_vring(0, VRING)
+    assert bench.engine.calls[-3:] == ["attach 0", "bound 0 copy", "start 0"], "for the guests to come, too"
+
+
+async def test_distrusted_copy_mode_leaves_the_pair_without_socket_until_the_guest_starts_it(bench: Bench) -> None:
+    await bench.device.distrust(0, ERROR, zero_copy=False)
+
+    assert bench.engine.calls == ["detach 0", "free 0"]
+    assert bench.troubles == [f"{SUSPECT}; both virtqueues of the pair stand still until the guest starts them anew"]
+
+    await bench.device.stop_vring(0)
+    await bench.device.start_vring(0, VRING)
+    assert bench.engine.socket_attached(0)
+
+
+@pytest.mark.parametrize("bench", [2], indirect=True)
+async def test_all_queue_pairs_of_a_distrusted_driver_leave_zero_copy_before_one_has_a_new_socket(bench: Bench) -> None:
+    await bench.device.start_vring(2, VRING)
+    bench.engine.calls.clear()
+
+    await bench.device.distrust(1, ERROR, zero_copy=True)
+
+    attached = [call for call in bench.engine.calls if call.startswith(("detach", "attach"))]
+    assert attached == ["detach 0", "detach 1", "attach 0", "attach 1"]
+
+
+async def test_failure_to_go_on_is_told_and_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "ATTACH_AGAIN_AFTER_S", 0.001)
+    bench.sockets.still_held = [HostError(errno.EBUSY, "still held")] * 2
+
+    await bench.device.distrust(0, ERROR, zero_copy=True)
+
+    assert bench.troubles[1:] == ["queue pair 0 stands still: still held"]
+    async with asyncio.timeout(TIMEOUT_S):
+        while "bound 0 copy" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+            await asyncio.sleep(0.001)
+
+
 def test_hash_report_is_offered_only_where_it_makes_buffers_long_enough() -> None:
     def offered(rules: ZeroCopyRules | None) -> bool:
         port = msgspec.structs.replace(configuration(), zero_copy_rules=rules)
         device = PortDevice(
-            cast(Any, None), cast(Any, None), port, on_running=lambda _: None, on_resumed=print, notice=lambda _: None
+            cast(Any, None), cast(Any, None), port, on_running=print, on_resumed=print, notice=print, trouble=print
         )
         return bool(device.features & VirtioFeature.VIRTIO_NET_F_HASH_REPORT)
 

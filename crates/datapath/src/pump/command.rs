@@ -10,7 +10,7 @@ use crate::error::{Error, HostError, QueueFault};
 use crate::fd::EventFd;
 use crate::guest_memory::GuestMemory;
 use crate::virtqueue::WriteLog;
-use crate::xsk::{SocketParams, Umem};
+use crate::xsk::{BindMode, SocketParams, Umem};
 
 /// One step for a pump. `tx` tells which virtqueue of the pair is meant: rx or tx.
 #[derive(Debug)]
@@ -117,6 +117,16 @@ pub enum Event {
     KickedEmpty {
         /// vring index.
         vring: usize,
+    },
+    /// The socket was closed, for the kernel answered what it was not asked. The virtqueues stand still until there is
+    /// another socket.
+    Distrusted {
+        /// vring index.
+        vring: usize,
+        /// The mode that it was in. In copy mode the virtqueues have stopped for good: there is no other to go on in.
+        mode: BindMode,
+        /// How.
+        error: HostError,
     },
     /// The socket does not work any more.
     Host {

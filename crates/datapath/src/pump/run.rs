@@ -10,7 +10,7 @@ use super::slab::Slab;
 use super::tx::{Tx, TxInFlight, is_passing};
 use super::vring::{Vring, VringConfig};
 use super::wait::{PollMode, Spin, sleep};
-use crate::error::{Error, HostError, QueueFault};
+use crate::error::{BurstError, Error, HostError, QueueFault, UnknownAnswer};
 use crate::guest_memory::GuestMemory;
 use crate::packet::{PacketSocket, take_drops};
 use crate::stats::{Counts, DropReason, Published};
@@ -167,17 +167,20 @@ impl Pump {
         if let Some(rx) = self.rx.as_mut().filter(|rx| rx.vring.runs()) {
             match rx.burst(xsk, &mut self.rx_slab, &mut self.rx_counts) {
                 Ok(count) => moved += count,
-                Err(fault) => self.fault(0, fault),
+                Err(error) => self.burst_failed(0, error),
             }
         }
         let Some(xsk) = &mut self.xsk else { return moved };
         if let Some(tx) = &mut self.tx {
             match tx.burst(xsk, &mut self.flight, &mut self.tx_counts) {
                 Ok(count) => moved += count,
-                Err(fault) => self.fault(1, fault),
+                Err(error) => self.burst_failed(1, error),
             }
         } else if !self.flight.is_empty() {
-            moved += self.flight.reap(xsk, |_| debug_assert!(false, "a stopped queue has no heads in flight"));
+            match self.flight.reap(xsk, |_| debug_assert!(false, "a stopped queue has no heads in flight")) {
+                Ok(count) => moved += count,
+                Err(unknown) => self.distrust(1, unknown),
+            }
         }
         self.report_refusal();
         moved
@@ -308,6 +311,40 @@ impl Pump {
         }
     }
 
+    #[cold]
+    fn burst_failed(&mut self, index: usize, error: BurstError) {
+        match error {
+            BurstError::Fault(fault) => self.fault(index, fault),
+            BurstError::Unknown(unknown) => self.distrust(index, unknown),
+        }
+    }
+
+    /// Closes the socket at once: what the kernel says about its buffers cannot be believed any more. To the control plane
+    /// it is attached until [`Command::Detach`], so that what it had stays taken until its queue was seen free. In
+    /// zero-copy mode the virtqueues go on with the next socket; in copy mode there is no other mode to try, and they stop.
+    #[cold]
+    fn distrust(&mut self, index: usize, unknown: UnknownAnswer) {
+        let Some(mode) = self.xsk.as_ref().map(XskSocket::mode) else { return };
+        self.report_unknown(index, unknown, mode);
+        if mode == BindMode::Copy {
+            let vrings = [self.rx.as_mut().map(|rx| &mut rx.vring), self.tx.as_mut().map(|tx| &mut tx.vring)];
+            vrings.into_iter().flatten().for_each(Vring::fault);
+        }
+        self.close_xsk();
+    }
+
+    fn report_unknown(&mut self, index: usize, unknown: UnknownAnswer, mode: BindMode) {
+        let counts = if index == 0 { &mut self.rx_counts } else { &mut self.tx_counts };
+        counts.dropped(DropReason::UnknownAnswer);
+        let what = if index == 0 { "received into" } else { "sent from" };
+        let attempted = format!(
+            "queue pair {}: the kernel has {what} a buffer that was not given to it (UMEM address {:#x})",
+            self.pair, unknown.0.0
+        );
+        let error = HostError::new(libc::EIO, attempted, "its socket was closed");
+        self.events.push(Event::Distrusted { vring: 2 * self.pair + index, mode, error });
+    }
+
     /// Tells once when the kernel stops sending for us, and once when it does again by forgetting.
     fn report_refusal(&mut self) {
         let errno = self.tx.as_ref().and_then(|tx| tx.wakeup_errno);
@@ -381,8 +418,13 @@ impl Pump {
         Ok(0)
     }
 
+    /// Whether there is an AF_XDP socket, or one that was closed and whose queue may not be free yet.
+    fn has_xsk(&self) -> bool {
+        self.view.shared_umem().is_some()
+    }
+
     fn refuse_second_socket(&self) -> Result<(), Error> {
-        if self.xsk.is_some() || self.packet.is_some() {
+        if self.has_xsk() || self.packet.is_some() {
             return Err(Error::Refused(format!("queue pair {} has a socket already; detach it first", self.pair)));
         }
         Ok(())
@@ -391,15 +433,8 @@ impl Pump {
     /// Lets frames leave, then closes the socket. What it had stays taken until [`reclaim`](Self::reclaim).
     fn detach(&mut self) -> u64 {
         self.drain();
-        if let Some(xsk) = self.xsk.take() {
-            let shared = self.view.socket.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some(umem) = shared {
-                let drops = kernel_drops(&umem);
-                self.view.past_kernel_drops.lock().unwrap_or_else(PoisonError::into_inner).add(&drops);
-            }
-            // Unmaps the rings, then closes: after that the kernel writes no guest memory in copy mode.
-            drop(xsk);
-        }
+        self.close_xsk();
+        self.view.socket.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(packet) = self.packet.take() {
             // Takes the last drops in, while the socket can still tell.
             self.view.kernel_drops();
@@ -408,6 +443,14 @@ impl Pump {
         }
         self.memory = None;
         0
+    }
+
+    /// Closes the AF_XDP socket; what it can tell of drops is kept.
+    fn close_xsk(&mut self) {
+        let drops = self.view.shared_umem().map(|umem| kernel_drops(&umem)).unwrap_or_default();
+        // Unmaps the rings, then closes: after that the kernel writes no guest memory in copy mode.
+        self.xsk = None;
+        self.view.past_kernel_drops.lock().unwrap_or_else(PoisonError::into_inner).add(&drops);
     }
 
     /// Lets the virtqueues find buffers in more memory.
@@ -445,6 +488,7 @@ impl Pump {
     /// Waits, for a limited time, until the kernel has sent what it was given.
     fn drain(&mut self) {
         let (Some(xsk), deadline) = (&mut self.xsk, Instant::now() + self.drain_deadline) else { return };
+        let mut unknown = None;
         while !self.flight.is_empty() && Instant::now() < deadline {
             let refused = xsk.tx_pending() > 0 && xsk.tx_wakeup().is_err_and(|errno| errno != libc::EAGAIN);
             let tx = &mut self.tx;
@@ -453,10 +497,16 @@ impl Pump {
                     tx.vring.queue.push_used(head, 0);
                 }
             });
-            if refused && reaped == 0 {
+            unknown = reaped.err();
+            if unknown.is_some() || refused && reaped == Ok(0) {
                 break;
             }
             std::thread::yield_now();
+        }
+        let mode = xsk.mode();
+        if let Some(unknown) = unknown {
+            // Not closed here: whoever drains closes the socket next, as long as something is in flight.
+            self.report_unknown(1, unknown, mode);
         }
         if let Some(tx) = &mut self.tx {
             tx.vring.flush();
@@ -512,10 +562,12 @@ impl Pump {
     /// Makes sure that no socket has buffers of a queue that stops: posted ones come back only by closing it
     /// (kernel-facts, section 3).
     fn let_go(&mut self, tx: bool, kernel_has_buffers: bool) -> Result<(), Error> {
-        if !kernel_has_buffers {
+        // A closed socket that was not believed may have had more than was known of it.
+        let distrusted = self.xsk.is_none() && self.has_xsk();
+        if !kernel_has_buffers && !distrusted {
             return Ok(());
         }
-        if self.xsk.is_some() {
+        if self.has_xsk() {
             let what = format!("cannot stop vring {}: the kernel has buffers of it", self.index(tx));
             return Err(HostError::new(libc::EBUSY, what, "detach its socket first").into());
         }

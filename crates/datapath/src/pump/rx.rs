@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use super::inflight::InFlight;
 use super::slab::Slab;
 use super::vring::{HEADER_BYTES_MAX, Vring};
-use crate::error::QueueFault;
+use crate::error::{BurstError, QueueFault, UnknownAnswer};
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::virtqueue::{CHAIN_DESCS_MAX, Direction, Taken};
@@ -95,36 +95,43 @@ impl Rx {
     /// moved, 0 if there is nothing to do.
     ///
     /// # Errors
-    /// The driver broke the ring protocol; what was received before is delivered.
-    pub fn burst(&mut self, xsk: &mut XskSocket, slab: &mut Slab, counts: &mut Counts) -> Result<u32, QueueFault> {
+    /// The driver broke the ring protocol, or the kernel answered what it was not asked; what was received before is
+    /// delivered.
+    pub fn burst(&mut self, xsk: &mut XskSocket, slab: &mut Slab, counts: &mut Counts) -> Result<u32, BurstError> {
         let received = xsk.rx_peek().min(BURST);
-        for _ in 0..received {
-            let desc = xsk.rx_read();
-            if slab.owns(desc.fill) {
-                self.deliver_copy(desc, counts);
-                slab.give_back(desc.fill);
-            } else {
-                self.deliver_in_place(desc, xsk, counts);
-            }
-        }
+        let delivered = (0..received).try_for_each(|_| self.deliver(xsk, slab, counts));
         if received > 0 {
             xsk.rx_release();
             self.vring.queue.publish_used();
+        }
+        if let Err(unknown) = delivered {
+            self.vring.flush();
+            return Err(unknown.into());
         }
         let refilled = self.refill(xsk, slab);
         xsk.fill_submit();
         xsk.rx_wakeup();
         self.vring.flush();
-        refilled.map(|refilled| received + refilled)
+        Ok(received + refilled?)
+    }
+
+    /// The next frame of the rx ring.
+    #[inline]
+    fn deliver(&mut self, xsk: &mut XskSocket, slab: &mut Slab, counts: &mut Counts) -> Result<(), UnknownAnswer> {
+        let desc = xsk.rx_read();
+        if slab.owns(desc.fill) {
+            slab.give_back(desc.fill)?;
+            self.deliver_copy(desc, counts);
+        } else {
+            let posted = self.posted.remove(desc.fill).ok_or(UnknownAnswer(desc.fill))?;
+            self.deliver_in_place(desc, posted, xsk, counts);
+        }
+        Ok(())
     }
 
     /// A frame that the kernel or the NIC put into a guest buffer.
     #[inline]
-    fn deliver_in_place(&mut self, desc: RxDesc, xsk: &mut XskSocket, counts: &mut Counts) {
-        let Some(posted) = self.posted.remove(desc.fill) else {
-            debug_assert!(false, "the kernel answers only fill entries that it was given");
-            return;
-        };
+    fn deliver_in_place(&mut self, desc: RxDesc, posted: Posted, xsk: &mut XskSocket, counts: &mut Counts) {
         if !self.vring.enabled {
             counts.dropped(DropReason::Disabled);
             if self.vring.queue.is_logged() {

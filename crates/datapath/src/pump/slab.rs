@@ -1,5 +1,6 @@
 //! Bounce frames: chunks of the front slab, for frames that cannot stay in the guest's buffers.
 
+use crate::error::UnknownAnswer;
 use crate::guest_memory::UmemAddr;
 use crate::xsk::CHUNK_BYTES;
 
@@ -15,24 +16,42 @@ pub(crate) fn slab_bytes(queue_pairs: usize) -> u64 {
 pub(super) struct Slab {
     start: u64,
     free: Vec<UmemAddr>,
+    /// By frame: whether it is in use.
+    in_use: [bool; SLAB_FRAMES],
 }
 
 impl Slab {
     /// The rx (`direction` 0) or tx (1) frames of queue pair `pair`.
     pub fn new(pair: usize, direction: usize) -> Self {
         let start = CHUNK_BYTES * (1 + (SLAB_FRAMES * (2 * pair + direction)) as u64);
-        let mut slab = Self { start, free: Vec::with_capacity(SLAB_FRAMES) };
+        let mut slab = Self { start, free: Vec::with_capacity(SLAB_FRAMES), in_use: [false; SLAB_FRAMES] };
         slab.reset();
         slab
     }
 
     pub fn take(&mut self) -> Option<UmemAddr> {
-        self.free.pop()
+        let frame = self.free.pop()?;
+        let index = self.index(frame);
+        self.in_use[index] = true;
+        Some(frame)
     }
 
-    pub fn give_back(&mut self, frame: UmemAddr) {
-        debug_assert!(self.owns(frame) && self.free.len() < SLAB_FRAMES, "a frame goes back once, to its own slab");
+    /// Takes back a frame of its own.
+    ///
+    /// # Errors
+    /// Nobody has it.
+    pub fn give_back(&mut self, frame: UmemAddr) -> Result<(), UnknownAnswer> {
+        debug_assert!(self.owns(frame), "a frame goes back to its own slab");
+        let index = self.index(frame);
+        if !std::mem::take(&mut self.in_use[index]) {
+            return Err(UnknownAnswer(frame));
+        }
         self.free.push(frame);
+        Ok(())
+    }
+
+    fn index(&self, frame: UmemAddr) -> usize {
+        ((frame.0 - self.start) / CHUNK_BYTES) as usize
     }
 
     /// Whether an address is the start of one of these frames.
@@ -53,6 +72,7 @@ impl Slab {
 
     /// All frames are free again: the socket that had them is closed.
     pub fn reset(&mut self) {
+        self.in_use.fill(false);
         self.free.clear();
         self.free.extend((0..SLAB_FRAMES as u64).map(|i| UmemAddr(self.start + i * CHUNK_BYTES)));
     }

@@ -9,7 +9,7 @@
 use super::inflight::InFlight;
 use super::slab::Slab;
 use super::vring::Vring;
-use crate::error::QueueFault;
+use crate::error::{BurstError, QueueFault, UnknownAnswer};
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::virtqueue::{CHAIN_DESCS_MAX, Direction};
@@ -131,28 +131,28 @@ impl TxInFlight {
     }
 
     /// Takes completions in; `used` gets the head of each guest frame that is done. Returns their number.
-    pub fn reap(&mut self, xsk: &mut XskSocket, mut used: impl FnMut(u16)) -> u32 {
+    ///
+    /// # Errors
+    /// The kernel completed what was not sent; those before count.
+    pub fn reap(&mut self, xsk: &mut XskSocket, mut used: impl FnMut(u16)) -> Result<u32, UnknownAnswer> {
         let completed = xsk.completion_peek();
         for _ in 0..completed {
             let addr = xsk.completion_read();
-            let Some(piece) = self.pieces.remove(self.key(addr)) else {
-                debug_assert!(false, "the kernel completes only what was sent");
-                continue;
-            };
+            let piece = self.pieces.remove(self.key(addr)).ok_or(UnknownAnswer(addr))?;
             let sent = &mut self.sent[usize::from(piece.sent)];
             sent.pieces_left -= 1;
             if sent.pieces_left == 0 {
                 self.free.push(piece.sent);
                 match sent.owner {
                     Owner::Guest { head } => used(head),
-                    Owner::Slab { frame } => self.slab.give_back(frame),
+                    Owner::Slab { frame } => self.slab.give_back(frame)?,
                 }
             }
         }
         if completed > 0 {
             xsk.completion_release();
         }
-        completed
+        Ok(completed)
     }
 
     /// Sends a frame of our own. Returns whether there was room.
@@ -217,14 +217,14 @@ impl Tx {
     /// Returns finished heads and sends fresh ones. Returns the number of completions and frames moved.
     ///
     /// # Errors
-    /// The driver broke the ring protocol; what was taken before is sent.
+    /// The driver broke the ring protocol, and what was taken before is sent; or the kernel completed what was not sent.
     pub fn burst(
         &mut self,
         xsk: &mut XskSocket,
         flight: &mut TxInFlight,
         counts: &mut Counts,
-    ) -> Result<u32, QueueFault> {
-        let mut moved = self.reap(xsk, flight);
+    ) -> Result<u32, BurstError> {
+        let mut moved = self.reap(xsk, flight)?;
         let taken = self.send(xsk, flight, counts);
         xsk.tx_submit();
         let pending = xsk.tx_pending();
@@ -232,14 +232,14 @@ impl Tx {
         if pending > 0 {
             self.wakeup_errno = xsk.tx_wakeup().err().filter(|errno| !is_passing(*errno));
             // In copy mode the call has sent frames, and most are complete already.
-            moved += pending - xsk.tx_pending() + self.reap(xsk, flight);
+            moved += pending - xsk.tx_pending() + self.reap(xsk, flight)?;
         }
         self.vring.flush();
-        taken.map(|taken| moved + taken)
+        Ok(moved + taken?)
     }
 
     /// Uses the heads of frames that are done.
-    pub fn reap(&mut self, xsk: &mut XskSocket, flight: &mut TxInFlight) -> u32 {
+    pub fn reap(&mut self, xsk: &mut XskSocket, flight: &mut TxInFlight) -> Result<u32, UnknownAnswer> {
         flight.reap(xsk, |head| self.vring.queue.push_used(head, 0))
     }
 

@@ -35,6 +35,7 @@ fn test_names_are_in_step_with_the_variants() {
         BufferTooSmall: "buffer_too_small",
         Disabled: "disabled",
         Runt: "runt",
+        UnknownAnswer: "unknown_answer",
     });
 }
 

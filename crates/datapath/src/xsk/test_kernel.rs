@@ -143,6 +143,20 @@ impl TestKernel {
         Received::At(at)
     }
 
+    /// A driver that has lost its way answers with a buffer that it does not have, or that the rx ring has already.
+    pub fn answer_unasked(&mut self, fill: UmemAddr, len: u32) {
+        assert!(self.rx.free(1) > 0, "the rx ring has room");
+        self.rx.write(libc::xdp_desc { addr: fill.0 | self.layout.frame_offset() << OFFSET_SHIFT, len, options: 0 });
+        self.rx.submit();
+    }
+
+    /// As [`answer_unasked`](Self::answer_unasked), the other way.
+    pub fn complete_unasked(&mut self, addr: UmemAddr) {
+        assert!(self.completion.free(1) > 0, "the completion ring has room");
+        self.completion.write(addr.0);
+        self.completion.submit();
+    }
+
     /// The XDP program drops or passes a frame that has been put into a buffer already.
     pub fn drop_in_program(&mut self) {
         if let Some(entry) = self.allocate() {

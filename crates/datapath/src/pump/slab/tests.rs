@@ -1,6 +1,6 @@
 use std::collections::HashSet;
 
-use super::{CHUNK_BYTES, SLAB_FRAMES, Slab, UmemAddr, slab_bytes};
+use super::{CHUNK_BYTES, SLAB_FRAMES, Slab, UmemAddr, UnknownAnswer, slab_bytes};
 
 fn take_all(slab: &mut Slab) -> Vec<UmemAddr> {
     std::iter::from_fn(|| slab.take()).collect()
@@ -25,10 +25,21 @@ fn test_frames_are_counted_while_in_use_and_come_back() {
     assert_eq!(slab.used(), 0);
     let frames = take_all(&mut slab);
     assert_eq!((frames.len(), slab.used()), (SLAB_FRAMES, SLAB_FRAMES));
-    slab.give_back(frames[7]);
+    slab.give_back(frames[7]).unwrap();
     assert_eq!((slab.used(), slab.take()), (SLAB_FRAMES - 1, Some(frames[7])));
     slab.reset();
     assert_eq!(slab.used(), 0);
+}
+
+#[test]
+fn test_a_frame_that_nobody_has_is_not_taken_back() {
+    let mut slab = Slab::new(0, 0);
+    let frame = slab.take().unwrap();
+    slab.give_back(frame).unwrap();
+    assert_eq!((slab.give_back(frame), slab.used()), (Err(UnknownAnswer(frame)), 0));
+    let frame = slab.take().unwrap();
+    slab.reset();
+    assert_eq!((slab.give_back(frame), slab.used()), (Err(UnknownAnswer(frame)), 0));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod commands;
 mod crash;
+mod distrust;
 mod faults;
 mod memory;
 mod thread;
@@ -57,8 +58,12 @@ impl Bench {
 
     /// Gives the pump a socket whose kernel is ours, as Attach does with a real one.
     fn attach(&mut self) -> TestKernel {
-        let (kernel, xsk) = TestKernel::bind(&self.guest.memory, UmemLayout::for_frames(1524).unwrap(), BindMode::Copy);
-        self.pump.flight.start(BindMode::Copy);
+        self.attach_in(BindMode::Copy)
+    }
+
+    fn attach_in(&mut self, mode: BindMode) -> TestKernel {
+        let (kernel, xsk) = TestKernel::bind(&self.guest.memory, UmemLayout::for_frames(1524).unwrap(), mode);
+        self.pump.flight.start(mode);
         *self.pump.view.socket.lock().unwrap() = Some(xsk.shared_umem());
         self.pump.xsk = Some(xsk);
         self.pump.memory = Some(Arc::clone(&self.guest.memory));
