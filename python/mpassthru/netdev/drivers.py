@@ -99,8 +99,9 @@ ZERO_COPY: Final[dict[str, DriverFacts]] = {
         timestamp_bytes=16,
         link_flaps=True,
         note=_TIMESTAMPS,
-        # Linux 7.3 on QEMU's model of the NIC; the cause is not known. docs/zero-copy.md.
-        trouble="under a flood of frames igb was seen to deliver wrong ones, and then none",
+        # igb_alloc_rx_buffers_zc: if buffers run out before the end of its ring, the descriptor behind them keeps the
+        # length of an earlier lap (igb_xsk.c; seen in Linux 7.3). docs/zero-copy.md.
+        trouble="igb delivers frames a second time when it runs out of buffers, as under a flood",
     ),
     # igc_set_rx_mode: RLPML = IGC_MAX_FRAME_BUILD_SKB = 2048 - 320 (skb_shared_info) - 64 (NET_SKB_PAD) - 16.
     "igc": DriverFacts(

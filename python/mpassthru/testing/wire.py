@@ -170,9 +170,17 @@ class PacketWire:
         )
 
     def stop_sending(self) -> None:
-        """End sending early; harmless when it has ended."""
+        """End sending early; harmless when it has ended. What is sent next has to wait for `sending_ended`."""
         if self._core is not None:
             self._core.stop_sending()
+
+    async def sending_ended(self, *, deadline_s: float = 5.0) -> WireCounters:
+        """Wait until nothing is being sent any more.
+
+        Raises:
+            TimeoutError: it still is after `deadline_s` seconds.
+        """
+        return await self.wait_for(lambda _: not self._wire.is_sending(), deadline_s=deadline_s)
 
     def send_frame(self, frame: bytes) -> None:
         """Send one frame as it is.

@@ -61,14 +61,14 @@ def test_driver_that_was_seen_to_fail_is_not_taken_unasked_and_warned_of_when_fo
     rules, lines = choose("auto", igb)
     assert rules is None
     assert lines == [
-        "mode: copy (the kernel copies each frame once, into the guest's own buffer); no zero-copy: under a flood of "
-        "frames igb was seen to deliver wrong ones, and then none; '--mode zero-copy' takes it all the same"
+        "mode: copy (the kernel copies each frame once, into the guest's own buffer); no zero-copy: igb delivers "
+        "frames a second time when it runs out of buffers, as under a flood; '--mode zero-copy' takes it all the same"
     ]
 
     rules, lines = choose("zero-copy", igb)
     assert rules is not None
     assert "1552 bytes" in lines[0]
-    assert lines[1] == "warning: under a flood of frames igb was seen to deliver wrong ones, and then none"
+    assert lines[1] == "warning: igb delivers frames a second time when it runs out of buffers, as under a flood"
     assert "goes down and up" in lines[2]
 
 

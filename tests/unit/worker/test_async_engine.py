@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from fake_engine import FakeEngine, FakeEvent
 
+from mpassthru._core import SocketConfig
 from mpassthru.worker import async_engine
 from mpassthru.worker.async_engine import AsyncEngine
 
@@ -66,7 +67,8 @@ async def test_operation_without_end_is_told_even_if_nobody_waits_for_it(
 ) -> None:
     monkeypatch.setattr(async_engine, "ATTACH_TIMEOUT_S", 0.01)
     fake.held = {"attach"}
-    attaching = asyncio.create_task(engine.attach_socket(0, cast(Any, None)))
+    config = SocketConfig(socket_fd=-1, ifindex=1, queue_id=0, mode="copy", frame_max_bytes=1518)
+    attaching = asyncio.create_task(engine.attach_socket(0, config))
     await asyncio.sleep(0)
     attaching.cancel()
 

@@ -420,7 +420,7 @@ impl Pump {
 
     /// Whether there is an AF_XDP socket, or one that was closed and whose queue may not be free yet.
     fn has_xsk(&self) -> bool {
-        self.view.shared_umem().is_some()
+        self.xsk.is_some() || self.view.shared_umem().is_some()
     }
 
     fn refuse_second_socket(&self) -> Result<(), Error> {

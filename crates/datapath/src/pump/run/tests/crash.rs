@@ -1,4 +1,5 @@
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use super::{Bench, Command, PollMode, Pump, QUEUE_SIZE};
 use crate::fixture::{memfd, was_signalled};
@@ -122,9 +123,8 @@ fn test_heads_that_nobody_took_again_before_the_stop_are_given_back_too() {
     machine.bench.pump.work();
     assert_eq!(machine.bench.take(true), 1);
 
-    let (commands, events, view) =
-        (machine.bench.commands.clone(), machine.bench.events.clone(), machine.bench.pump.view.clone());
-    machine.bench.pump = Pump::new(0, PollMode::Interrupt, commands, events, view);
+    let (commands, events) = (machine.bench.commands.clone(), machine.bench.events.clone());
+    machine.bench.pump = Pump::new(0, PollMode::Interrupt, commands, events, Arc::default());
     assert_eq!(machine.start()[1], 2, "without a socket nothing is taken");
     assert_eq!(machine.bench.stop(true), 2, "the last one stays in the ring");
     assert_eq!(machine.outstanding(), [0, 1]);

@@ -193,6 +193,6 @@ fn test_a_second_socket_is_refused_until_the_distrusted_one_is_detached() {
     let (mut bench, mut kernel, _) = running(BindMode::ZeroCopy);
     answer_twice(&bench, &mut kernel);
     bench.pump.work();
-    let second = Command::AttachPacket { socket: crate::fixture::memfd("socket", 4096).into(), frame_max: 1518 };
+    let second = Command::AttachPacket { socket: crate::fixture::memfd("socket", 4096), frame_max: 1518 };
     assert!(refused(bench.pump.execute(second)).contains("detach it first"));
 }
