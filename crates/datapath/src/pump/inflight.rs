@@ -6,33 +6,35 @@
 use crate::guest_memory::UmemAddr;
 
 const NONE: u16 = u16::MAX;
+/// Buckets for each slot.
+const SPREAD: usize = 4;
 
 #[derive(Debug, Clone, Copy)]
 struct Slot<V> {
     key: u64,
-    next: u16,
     value: V,
+    next: u16,
 }
 
-/// A multimap of fixed capacity: chained hashing, nothing allocated after `new`.
+/// A multimap with room for `SLOTS` entries: chained hashing, nothing allocated after `new`.
+///
+/// Sizes are powers of two that the compiler knows, so that a mask keeps an index inside.
 #[derive(Debug)]
-pub(super) struct InFlight<V: Copy + Default> {
-    buckets: Box<[u16]>,
-    slots: Box<[Slot<V>]>,
+pub(super) struct InFlight<V: Copy + Default, const SLOTS: usize> {
+    buckets: Box<[[u16; SPREAD]; SLOTS]>,
+    slots: Box<[Slot<V>; SLOTS]>,
     free: u16,
     len: usize,
 }
 
-impl<V: Copy + Default> InFlight<V> {
-    /// Room for `capacity` entries, fewer than 65535.
-    pub fn with_capacity(capacity: usize) -> Self {
-        assert!(capacity < usize::from(NONE), "slot numbers are 16 bits");
-        let mut table = Self {
-            buckets: vec![NONE; (2 * capacity).next_power_of_two()].into_boxed_slice(),
-            slots: vec![Slot { key: 0, next: NONE, value: V::default() }; capacity].into_boxed_slice(),
-            free: NONE,
-            len: 0,
-        };
+impl<V: Copy + Default, const SLOTS: usize> InFlight<V, SLOTS> {
+    const SIZED: () = assert!(SLOTS.is_power_of_two() && SLOTS < NONE as usize, "slot numbers are 16 bits");
+
+    pub fn new() -> Self {
+        let () = Self::SIZED;
+        let slot = Slot { key: 0, value: V::default(), next: NONE };
+        let mut table =
+            Self { buckets: Box::new([[NONE; SPREAD]; SLOTS]), slots: Box::new([slot; SLOTS]), free: NONE, len: 0 };
         table.clear();
         table
     }
@@ -45,45 +47,57 @@ impl<V: Copy + Default> InFlight<V> {
         self.free == NONE
     }
 
+    /// The bucket of a key, as an index of `buckets` and one inside.
     #[inline]
-    fn bucket(&self, key: u64) -> usize {
+    fn bucket(key: u64) -> (usize, usize) {
         // Fibonacci hashing; buffers are often a power of two apart.
-        let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        hash as usize & (self.buckets.len() - 1)
+        let hash = (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize;
+        (hash / SPREAD % SLOTS, hash % SPREAD)
+    }
+
+    #[inline]
+    fn slot(&self, number: u16) -> &Slot<V> {
+        &self.slots[usize::from(number) % SLOTS]
+    }
+
+    #[inline]
+    fn slot_mut(&mut self, number: u16) -> &mut Slot<V> {
+        &mut self.slots[usize::from(number) % SLOTS]
     }
 
     /// Adds an entry; the table is not full.
     #[inline]
     pub fn insert(&mut self, key: UmemAddr, value: V) {
         assert!(!self.is_full(), "room was checked before a buffer was given away");
-        let bucket = self.bucket(key.0);
-        let slot = self.free;
-        self.free = self.slots[usize::from(slot)].next;
-        self.slots[usize::from(slot)] = Slot { key: key.0, next: self.buckets[bucket], value };
-        self.buckets[bucket] = slot;
+        let (row, column) = Self::bucket(key.0);
+        let number = self.free;
+        let next = std::mem::replace(&mut self.buckets[row][column], number);
+        let slot = self.slot_mut(number);
+        let free = slot.next;
+        *slot = Slot { key: key.0, value, next };
+        self.free = free;
         self.len += 1;
     }
 
     /// Takes one entry out.
     #[inline]
     pub fn remove(&mut self, key: UmemAddr) -> Option<V> {
-        let bucket = self.bucket(key.0);
-        let mut previous = NONE;
-        let mut slot = self.buckets[bucket];
-        while slot != NONE {
-            let entry = self.slots[usize::from(slot)];
-            if entry.key == key.0 {
+        let (row, column) = Self::bucket(key.0);
+        let first = self.buckets[row][column];
+        let (mut previous, mut number) = (NONE, first);
+        while number != NONE {
+            let &Slot { key: found, value, next } = self.slot(number);
+            if found == key.0 {
                 match previous {
-                    NONE => self.buckets[bucket] = entry.next,
-                    _ => self.slots[usize::from(previous)].next = entry.next,
+                    NONE => self.buckets[row][column] = next,
+                    _ => self.slot_mut(previous).next = next,
                 }
-                self.slots[usize::from(slot)].next = self.free;
-                self.free = slot;
+                self.slot_mut(number).next = self.free;
+                self.free = number;
                 self.len -= 1;
-                return Some(entry.value);
+                return Some(value);
             }
-            previous = slot;
-            slot = entry.next;
+            (previous, number) = (number, next);
         }
         None
     }
@@ -91,13 +105,14 @@ impl<V: Copy + Default> InFlight<V> {
     /// One of the entries of a key.
     #[inline]
     pub fn get(&self, key: UmemAddr) -> Option<V> {
-        let mut slot = self.buckets[self.bucket(key.0)];
-        while slot != NONE {
-            let entry = &self.slots[usize::from(slot)];
-            if entry.key == key.0 {
-                return Some(entry.value);
+        let (row, column) = Self::bucket(key.0);
+        let mut number = self.buckets[row][column];
+        while number != NONE {
+            let slot = self.slot(number);
+            if slot.key == key.0 {
+                return Some(slot.value);
             }
-            slot = entry.next;
+            number = slot.next;
         }
         None
     }
@@ -109,24 +124,23 @@ impl<V: Copy + Default> InFlight<V> {
 
     /// All keys with their values, in no particular order.
     pub fn entries(&self) -> impl Iterator<Item = (UmemAddr, V)> + '_ {
-        self.buckets.iter().flat_map(move |&first| {
-            std::iter::successors((first != NONE).then_some(first), move |&slot| {
-                let next = self.slots[usize::from(slot)].next;
+        self.buckets.as_flattened().iter().flat_map(move |&first| {
+            std::iter::successors((first != NONE).then_some(first), move |&number| {
+                let next = self.slot(number).next;
                 (next != NONE).then_some(next)
             })
-            .map(move |slot| &self.slots[usize::from(slot)])
+            .map(move |number| self.slot(number))
             .map(|slot| (UmemAddr(slot.key), slot.value))
         })
     }
 
     /// Forgets everything.
     pub fn clear(&mut self) {
-        self.buckets.fill(NONE);
-        let count = self.slots.len();
-        for (i, slot) in self.slots.iter_mut().enumerate() {
-            slot.next = if i + 1 < count { (i + 1) as u16 } else { NONE };
+        self.buckets.as_flattened_mut().fill(NONE);
+        for (slot, next) in self.slots.iter_mut().zip(1u16..) {
+            slot.next = if usize::from(next) < SLOTS { next } else { NONE };
         }
-        self.free = if count == 0 { NONE } else { 0 };
+        self.free = 0;
         self.len = 0;
     }
 }

@@ -63,7 +63,7 @@ enum Fit {
 #[derive(Debug)]
 pub(super) struct Rx {
     pub vring: Vring,
-    posted: InFlight<Posted>,
+    posted: InFlight<Posted, { RX_RING_DESCS as usize }>,
     /// Of the socket that the posted buffers were given to; it is closed when they are recalled.
     socket: Option<(UmemLayout, DriverRules)>,
     waiting: VecDeque<Waiting>,
@@ -77,7 +77,7 @@ impl Rx {
     pub fn new(vring: Vring) -> Self {
         Self {
             vring,
-            posted: InFlight::with_capacity(RX_RING_DESCS as usize),
+            posted: InFlight::new(),
             socket: None,
             waiting: VecDeque::with_capacity(RX_RING_DESCS as usize),
             waiting_segments: VecDeque::with_capacity(WAITING_SEGMENTS_MAX),

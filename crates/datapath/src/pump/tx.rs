@@ -48,7 +48,7 @@ struct Piece {
 /// Frames in the kernel's hands: as long as a socket lives, whatever becomes of the virtqueue.
 #[derive(Debug)]
 pub(super) struct TxInFlight {
-    pieces: InFlight<Piece>,
+    pieces: InFlight<Piece, { COMPLETION_RING_DESCS as usize }>,
     sent: Vec<Sent>,
     free: Vec<u16>,
     slab: Slab,
@@ -60,7 +60,7 @@ impl TxInFlight {
     pub fn new(slab: Slab) -> Self {
         let capacity = COMPLETION_RING_DESCS as usize;
         Self {
-            pieces: InFlight::with_capacity(capacity),
+            pieces: InFlight::new(),
             sent: vec![Sent { owner: Owner::Guest { head: 0 }, pieces_left: 0 }; capacity],
             free: (0..capacity as u16).rev().collect(),
             slab,

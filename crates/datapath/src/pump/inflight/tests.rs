@@ -29,59 +29,65 @@ proptest! {
     #![proptest_config(cases(200))]
 
     #[test]
-    fn test_it_is_a_multimap(capacity in 0usize..20, steps in prop::collection::vec(step(), 1..120)) {
-        let mut table = InFlight::with_capacity(capacity);
-        let mut model: HashMap<u64, Vec<u32>> = HashMap::new();
-        for step in steps {
-            let len = model.values().map(Vec::len).sum::<usize>();
-            match step {
-                Step::Insert(key, value) if len < capacity => {
-                    table.insert(UmemAddr(key), value);
-                    model.entry(key).or_default().push(value);
-                }
-                Step::Insert(..) => prop_assert!(table.is_full()),
-                Step::Remove(key) => {
-                    let of_key = model.entry(key).or_default();
-                    let seen = table.get(UmemAddr(key));
-                    prop_assert_eq!(seen.is_some(), !of_key.is_empty());
-                    let taken = table.remove(UmemAddr(key));
-                    prop_assert_eq!(taken, seen, "get shows what remove takes");
-                    if let Some(value) = taken {
-                        let place = of_key.iter().position(|&v| v == value);
-                        prop_assert!(place.is_some(), "a value that was inserted under this key");
-                        of_key.remove(place.unwrap());
-                    }
-                }
-                Step::Clear => {
-                    table.clear();
-                    model.clear();
+    fn test_it_is_a_multimap(steps in prop::collection::vec(step(), 1..120)) {
+        run::<16>(steps.clone())?;
+        run::<1>(steps)?;
+    }
+}
+
+fn run<const SLOTS: usize>(steps: Vec<Step>) -> Result<(), TestCaseError> {
+    let mut table = InFlight::<u32, SLOTS>::new();
+    let mut model: HashMap<u64, Vec<u32>> = HashMap::new();
+    for step in steps {
+        let len = model.values().map(Vec::len).sum::<usize>();
+        match step {
+            Step::Insert(key, value) if len < SLOTS => {
+                table.insert(UmemAddr(key), value);
+                model.entry(key).or_default().push(value);
+            }
+            Step::Insert(..) => prop_assert!(table.is_full()),
+            Step::Remove(key) => {
+                let of_key = model.entry(key).or_default();
+                let seen = table.get(UmemAddr(key));
+                prop_assert_eq!(seen.is_some(), !of_key.is_empty());
+                let taken = table.remove(UmemAddr(key));
+                prop_assert_eq!(taken, seen, "get shows what remove takes");
+                if let Some(value) = taken {
+                    let place = of_key.iter().position(|&v| v == value);
+                    prop_assert!(place.is_some(), "a value that was inserted under this key");
+                    of_key.remove(place.unwrap());
                 }
             }
-            let mut left: Vec<_> = model.values().flatten().copied().collect();
-            let mut values: Vec<_> = table.values().collect();
-            left.sort_unstable();
-            values.sort_unstable();
-            prop_assert_eq!(&values, &left);
-            prop_assert_eq!((table.len(), table.is_full()), (left.len(), left.len() == capacity));
+            Step::Clear => {
+                table.clear();
+                model.clear();
+            }
         }
+        let mut left: Vec<_> = model.values().flatten().copied().collect();
+        let mut values: Vec<_> = table.values().collect();
+        left.sort_unstable();
+        values.sort_unstable();
+        prop_assert_eq!(&values, &left);
+        prop_assert_eq!((table.len(), table.is_full()), (left.len(), left.len() == SLOTS));
     }
+    Ok(())
 }
 
 #[test]
 fn test_the_largest_table_holds_its_capacity() {
-    let mut table = InFlight::with_capacity(65534);
-    for key in 0..65534u64 {
+    let mut table = InFlight::<u16, 32768>::new();
+    for key in 0..32768u64 {
         table.insert(UmemAddr(key * 4096), key as u16);
     }
     assert!(table.is_full());
-    assert!((0..65534u64).rev().all(|key| table.remove(UmemAddr(key * 4096)) == Some(key as u16)));
+    assert!((0..32768u64).rev().all(|key| table.remove(UmemAddr(key * 4096)) == Some(key as u16)));
     assert_eq!(table.len(), 0);
 }
 
 #[test]
 #[should_panic(expected = "room was checked")]
 fn test_one_too_many_is_a_bug_that_is_caught() {
-    let mut table = InFlight::with_capacity(1);
-    table.insert(UmemAddr(0), 0u8);
+    let mut table = InFlight::<u8, 1>::new();
+    table.insert(UmemAddr(0), 0);
     table.insert(UmemAddr(1), 0);
 }
