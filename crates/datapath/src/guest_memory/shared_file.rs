@@ -2,7 +2,7 @@
 
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64};
+use std::sync::atomic::AtomicU8;
 
 use super::mapping::Mapping;
 use super::region::{file_bytes, page_bytes};
@@ -13,7 +13,7 @@ use crate::error::HostError;
 pub struct FileSpec {
     /// The file; borrowed for the call.
     pub fd: RawFd,
-    /// Where the piece starts, in bytes; a multiple of 8 if fields longer than a byte are accessed.
+    /// Where the piece starts, in bytes; a multiple of 8 if values longer than a byte are in it.
     pub offset: u64,
     /// Its length in bytes.
     pub size_bytes: u64,
@@ -79,30 +79,19 @@ impl SharedFile {
     /// The byte at an offset.
     #[inline]
     pub fn u8(&self, offset: u64) -> &AtomicU8 {
-        // SAFETY: inside the mapping (checked by `at`), which lives as long as &self.
-        unsafe { AtomicU8::from_ptr(self.at(offset, 1)) }
+        assert!(offset < self.size_bytes, "an access stays inside the piece");
+        // SAFETY: an offset inside the one mapping (checked above), which lives as long as &self.
+        unsafe { AtomicU8::from_ptr(self.start.as_ptr().add(offset as usize)) }
     }
 
-    /// The 16-bit field at an offset.
-    #[inline]
-    pub fn u16(&self, offset: u64) -> &AtomicU16 {
-        // SAFETY: inside the mapping and aligned (checked by `at`); it lives as long as &self.
-        unsafe { AtomicU16::from_ptr(self.at(offset, 2).cast()) }
-    }
-
-    /// The 64-bit field at an offset.
-    #[inline]
-    pub fn u64(&self, offset: u64) -> &AtomicU64 {
-        // SAFETY: inside the mapping and aligned (checked by `at`); it lives as long as &self.
-        unsafe { AtomicU64::from_ptr(self.at(offset, 8).cast()) }
-    }
-
-    #[inline]
-    fn at(&self, offset: u64, len_bytes: u64) -> *mut u8 {
-        assert!(offset < self.size_bytes && len_bytes <= self.size_bytes - offset, "an access stays inside the piece");
+    /// Where `count` values of a type start, `offset` bytes from the start: inside the mapping and aligned, as long as `self`
+    /// lives. References to them are sound if the type is made of atomics.
+    pub(crate) fn values<T>(&self, offset: u64, count: usize) -> NonNull<[T]> {
+        let len_bytes = count as u64 * size_of::<T>() as u64;
+        assert!(offset <= self.size_bytes && len_bytes <= self.size_bytes - offset, "all values lie inside the piece");
         // SAFETY: an offset inside the one mapping (checked above).
-        let at = unsafe { self.start.as_ptr().add(offset as usize) };
-        assert!((at as u64).is_multiple_of(len_bytes), "a field is at its own alignment");
-        at
+        let start = unsafe { self.start.add(offset as usize) }.cast::<T>();
+        assert!(start.is_aligned(), "a field is at its own alignment");
+        NonNull::slice_from_raw_parts(start, count)
     }
 }

@@ -17,39 +17,58 @@
 //! Invariant: what is found in a record is not trusted. A record that does not match its ring is started anew.
 
 use std::os::fd::RawFd;
-use std::sync::atomic::{Ordering, compiler_fence};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering, compiler_fence};
 
 use crate::error::HostError;
 use crate::guest_memory::{FileSpec, SharedFile};
 
-const VERSION: u64 = 8;
-const DESC_NUM: u64 = 10;
-const LAST_BATCH_HEAD: u64 = 12;
-const USED_IDX: u64 = 14;
-const HEADER_BYTES: u64 = 16;
-const DESC_STATE_BYTES: u64 = 16;
-const INFLIGHT: u64 = 0;
-const NEXT: u64 = 6;
-const COUNTER: u64 = 8;
+#[repr(C)]
+struct Header {
+    features: AtomicU64,
+    version: AtomicU16,
+    desc_num: AtomicU16,
+    last_batch_head: AtomicU16,
+    used_idx: AtomicU16,
+}
+
+/// Of one head.
+#[repr(C)]
+struct State {
+    inflight: AtomicU8,
+    padding: [AtomicU8; 5],
+    next: AtomicU16,
+    counter: AtomicU64,
+}
+
+const HEADER_BYTES: u64 = size_of::<Header>() as u64;
+const STATE_BYTES: u64 = size_of::<State>() as u64;
+const _: () = assert!(HEADER_BYTES == 16 && STATE_BYTES == 16, "the layout is the specification's");
 
 /// The only version there is; 0 is a record that nobody has begun.
 const VERSION_1: u16 = 1;
 
 /// Length in bytes of the record of a virtqueue of `size` descriptors.
 pub fn record_bytes(size: u32) -> u64 {
-    HEADER_BYTES + DESC_STATE_BYTES * u64::from(size)
+    HEADER_BYTES + STATE_BYTES * u64::from(size)
 }
 
 /// The record of one virtqueue.
 #[derive(Debug)]
 pub struct InflightRecord {
-    file: SharedFile,
-    size: u16,
+    /// Keeps mapped what `header` and `states` point at.
+    _file: SharedFile,
+    header: NonNull<[Header]>,
+    /// By head.
+    states: NonNull<[State]>,
     /// Orders heads by when they were taken.
     next_counter: u64,
     /// Heads used since used entries were last published.
     batch: Vec<u16>,
 }
+
+// SAFETY: the pointers are into the file's mapping, which is `Send` itself.
+unsafe impl Send for InflightRecord {}
 
 impl InflightRecord {
     /// Maps the record of a virtqueue of `size` descriptors, which starts `offset` bytes into a file.
@@ -64,42 +83,63 @@ impl InflightRecord {
         let file = SharedFile::map(&FileSpec { fd, offset, size_bytes: record_bytes(size) }, &what)?;
         let size = u16::try_from(size)
             .map_err(|_| HostError::new(libc::EINVAL, format!("cannot map {what}"), "a ring has at most 32768"))?;
-        Ok(Self { file, size, next_counter: 0, batch: Vec::with_capacity(usize::from(size)) })
+        let (header, states) = (file.values(0, 1), file.values(HEADER_BYTES, usize::from(size)));
+        Ok(Self { _file: file, header, states, next_counter: 0, batch: Vec::with_capacity(usize::from(size)) })
+    }
+
+    #[inline]
+    fn header(&self) -> &Header {
+        // SAFETY: one value, inside the mapping that `_file` keeps; it is made of atomics.
+        unsafe { self.header.cast().as_ref() }
+    }
+
+    #[inline]
+    fn states(&self) -> &[State] {
+        // SAFETY: inside the mapping that `_file` keeps; states are made of atomics.
+        unsafe { self.states.as_ref() }
+    }
+
+    #[inline]
+    fn state(&self, head: u16) -> &State {
+        &self.states()[usize::from(head)]
+    }
+
+    fn size(&self) -> u16 {
+        self.states.len() as u16
     }
 
     /// A head was taken.
     #[inline]
     pub fn taken(&mut self, head: u16) {
-        let state = state(head);
-        self.file.u64(state + COUNTER).store(self.next_counter, Ordering::Relaxed);
+        let state = self.state(head);
+        state.counter.store(self.next_counter, Ordering::Relaxed);
+        in_program_order();
+        state.inflight.store(1, Ordering::Relaxed);
+        in_program_order();
         self.next_counter += 1;
-        in_program_order();
-        self.file.u8(state + INFLIGHT).store(1, Ordering::Relaxed);
-        in_program_order();
     }
 
     /// The head taken last is in the avail ring again.
     #[inline]
     pub fn untaken(&mut self, head: u16) {
-        self.file.u8(state(head) + INFLIGHT).store(0, Ordering::Relaxed);
+        self.state(head).inflight.store(0, Ordering::Relaxed);
         in_program_order();
     }
 
-    /// Whether no more heads can be used before they are published. Only a driver that posts a head twice gets there.
+    /// A head was used; the driver does not see it yet. Returns false, having done nothing, if no more heads can be used
+    /// before they are published: only a driver that posts a head twice gets there.
     #[inline]
-    pub fn batch_is_full(&self) -> bool {
-        self.batch.len() == usize::from(self.size)
-    }
-
-    /// A head was used; the driver does not see it yet.
-    #[inline]
-    pub fn used(&mut self, head: u16) {
-        let last = self.file.u16(LAST_BATCH_HEAD);
+    pub fn used(&mut self, head: u16) -> bool {
+        if self.batch.len() == self.batch.capacity() {
+            return false;
+        }
+        let last = &self.header().last_batch_head;
         // Only ever read back by whoever finds the record, who checks it.
-        self.file.u16(state(head) + NEXT).store(last.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.state(head).next.store(last.load(Ordering::Relaxed), Ordering::Relaxed);
         in_program_order();
         last.store(head, Ordering::Relaxed);
         self.batch.push(head);
+        true
     }
 
     /// Call it before the used index is stored: the batch is complete.
@@ -113,11 +153,11 @@ impl InflightRecord {
     pub fn published(&mut self, used_idx: u16) {
         in_program_order();
         for &head in &self.batch {
-            self.file.u8(state(head) + INFLIGHT).store(0, Ordering::Relaxed);
+            self.state(head).inflight.store(0, Ordering::Relaxed);
         }
         self.batch.clear();
         in_program_order();
-        self.file.u16(USED_IDX).store(used_idx, Ordering::Relaxed);
+        self.header().used_idx.store(used_idx, Ordering::Relaxed);
         in_program_order();
     }
 
@@ -126,26 +166,29 @@ impl InflightRecord {
     ///
     /// `used_idx` and `avail_idx` are those of the ring now, `avail_entry` reads an entry of it by its index.
     pub fn recover(&mut self, used_idx: u16, avail_idx: u16, avail_entry: impl Fn(u16) -> u16) -> Option<Vec<u16>> {
-        let load = |offset| self.file.u16(offset).load(Ordering::Relaxed);
+        let load = |field: &AtomicU16| field.load(Ordering::Relaxed);
+        let header = self.header();
         let outstanding = avail_idx.wrapping_sub(used_idx);
-        let unrecorded = used_idx.wrapping_sub(load(USED_IDX));
-        if load(VERSION) != VERSION_1 || load(DESC_NUM) != self.size || outstanding.max(unrecorded) > self.size {
+        let unrecorded = used_idx.wrapping_sub(load(&header.used_idx));
+        if load(&header.version) != VERSION_1
+            || load(&header.desc_num) != self.size()
+            || outstanding.max(unrecorded) > self.size()
+        {
             return None;
         }
         self.finish_batch(unrecorded)?;
-        self.file.u16(USED_IDX).store(used_idx, Ordering::Relaxed);
+        self.header().used_idx.store(used_idx, Ordering::Relaxed);
         in_program_order();
 
-        let mut heads: Vec<(u64, u16)> = (0..self.size)
-            .filter(|&head| self.file.u8(state(head) + INFLIGHT).load(Ordering::Relaxed) == 1)
-            .map(|head| (self.file.u64(state(head) + COUNTER).load(Ordering::Relaxed), head))
+        let mut heads: Vec<(u64, u16)> = (0..self.size())
+            .filter(|&head| self.state(head).inflight.load(Ordering::Relaxed) == 1)
+            .map(|head| (self.state(head).counter.load(Ordering::Relaxed), head))
             .collect();
         heads.sort_unstable();
         if heads.len() > usize::from(outstanding) {
             return None;
         }
-        let is_in_flight =
-            |head: u16| head < self.size && self.file.u8(state(head) + INFLIGHT).load(Ordering::Relaxed) == 1;
+        let is_in_flight = |head: u16| head < self.size() && self.state(head).inflight.load(Ordering::Relaxed) == 1;
         let position = used_idx.wrapping_add(heads.len() as u16);
         let pending = avail_idx.wrapping_sub(position);
         if (0..pending).any(|ahead| is_in_flight(avail_entry(position.wrapping_add(ahead)))) {
@@ -157,13 +200,13 @@ impl InflightRecord {
 
     /// Clears the marks of a batch of `count` heads that was published but not recorded as such.
     fn finish_batch(&self, count: u16) -> Option<()> {
-        let mut head = self.file.u16(LAST_BATCH_HEAD).load(Ordering::Relaxed);
+        let mut head = self.header().last_batch_head.load(Ordering::Relaxed);
         for _ in 0..count {
-            if head >= self.size {
+            if head >= self.size() {
                 return None;
             }
-            self.file.u8(state(head) + INFLIGHT).store(0, Ordering::Relaxed);
-            head = self.file.u16(state(head) + NEXT).load(Ordering::Relaxed);
+            self.state(head).inflight.store(0, Ordering::Relaxed);
+            head = self.state(head).next.load(Ordering::Relaxed);
         }
         in_program_order();
         Some(())
@@ -172,28 +215,22 @@ impl InflightRecord {
     /// Starts the record anew: nothing is in flight.
     pub fn begin(&mut self, used_idx: u16) {
         self.invalidate();
-        for head in 0..self.size {
-            self.file.u8(state(head) + INFLIGHT).store(0, Ordering::Relaxed);
+        for head in 0..self.size() {
+            self.state(head).inflight.store(0, Ordering::Relaxed);
         }
-        self.file.u16(DESC_NUM).store(self.size, Ordering::Relaxed);
-        self.file.u16(USED_IDX).store(used_idx, Ordering::Relaxed);
+        self.header().desc_num.store(self.size(), Ordering::Relaxed);
+        self.header().used_idx.store(used_idx, Ordering::Relaxed);
         self.next_counter = 0;
         in_program_order();
-        self.file.u16(VERSION).store(VERSION_1, Ordering::Relaxed);
+        self.header().version.store(VERSION_1, Ordering::Relaxed);
         in_program_order();
     }
 
     /// Makes the record one that nobody will go by.
     pub fn invalidate(&mut self) {
-        self.file.u16(VERSION).store(0, Ordering::Relaxed);
+        self.header().version.store(0, Ordering::Relaxed);
         in_program_order();
     }
-}
-
-/// Where the state of a head is.
-#[inline]
-fn state(head: u16) -> u64 {
-    HEADER_BYTES + DESC_STATE_BYTES * u64::from(head)
 }
 
 /// Keeps the compiler from moving stores across; see the module's documentation. Costs nothing.

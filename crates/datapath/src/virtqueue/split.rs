@@ -337,8 +337,10 @@ impl SplitQueue {
     /// Writes a used entry; the driver sees it after [`publish_used`](Self::publish_used).
     #[inline]
     pub fn push_used(&mut self, head: u16, len_bytes: u32) {
-        if self.record.as_ref().is_some_and(InflightRecord::batch_is_full) {
-            self.publish_used();
+        if let Some(record) = &mut self.record
+            && !record.used(head)
+        {
+            self.publish_full_batch(head);
         }
         let slot = u64::from(self.next_used & (self.size - 1));
         self.memory.store_used_element(
@@ -347,9 +349,14 @@ impl SplitQueue {
             len_bytes,
         );
         self.next_used = self.next_used.wrapping_add(1);
-        if let Some(record) = &mut self.record {
-            record.used(head);
-        }
+    }
+
+    /// Makes room for `head` in the record.
+    #[cold]
+    fn publish_full_batch(&mut self, head: u16) {
+        self.publish_used();
+        let has_room = self.record.as_mut().is_none_or(|record| record.used(head));
+        debug_assert!(has_room, "a batch that was published is empty");
     }
 
     /// Shows all written used entries to the driver.
