@@ -298,24 +298,30 @@ impl GuestMemory {
     }
 
     /// Reads `N` bytes once. The compiler may not read them again: the guest could have changed them.
-    #[inline]
+    #[cfg(any(test, feature = "test-utils"))]
     pub(crate) fn read<const N: usize>(&self, addr: UmemAddr) -> [u8; N] {
         self.check(addr, N as u64);
-        let from = self.ptr(addr);
-        let mut bytes = [0; N];
-        if N.is_multiple_of(8) && from.align_offset(8) == 0 {
-            for (i, chunk) in bytes.chunks_exact_mut(8).enumerate() {
-                // SAFETY: inside the mapping (checked above) and aligned (checked in the condition).
-                let word = unsafe { from.cast::<u64>().add(i).read_volatile() };
-                chunk.copy_from_slice(&word.to_ne_bytes());
-            }
-        } else {
-            for (i, byte) in bytes.iter_mut().enumerate() {
-                // SAFETY: inside the mapping (checked above).
-                *byte = unsafe { from.add(i).read_volatile() };
-            }
+        // SAFETY: inside the mapping (checked above).
+        std::array::from_fn(|i| unsafe { self.ptr(addr).add(i).read_volatile() })
+    }
+
+    /// Reads two 64-bit little-endian words once. The compiler may not read them again: the guest could have changed them.
+    #[inline]
+    pub(crate) fn read_words(&self, addr: UmemAddr) -> [u64; 2] {
+        self.check(addr, 16);
+        let from = self.ptr(addr).cast::<u64>();
+        if !from.is_aligned() {
+            return self.read_unaligned_words(addr);
         }
-        bytes
+        // SAFETY: inside the mapping (checked above) and aligned (checked above).
+        unsafe { [u64::from_le(from.read_volatile()), u64::from_le(from.add(1).read_volatile())] }
+    }
+
+    #[cold]
+    fn read_unaligned_words(&self, addr: UmemAddr) -> [u64; 2] {
+        // SAFETY: `read_words` has checked that 16 bytes are inside the mapping.
+        let byte = |i| unsafe { self.ptr(addr).add(i).read_volatile() };
+        [0, 8].map(|start| u64::from_le_bytes(std::array::from_fn(|i| byte(start + i))))
     }
 
     /// Loads a 16-bit ring field.
@@ -350,12 +356,16 @@ impl GuestMemory {
         unsafe { AtomicU16::from_ptr(self.ptr(addr).cast()) }
     }
 
+    /// Asserts that a range lies inside the mapping. The tail slab is longer than what is mostly accessed at once: then the
+    /// start alone has to be looked at.
     #[inline]
     fn check(&self, addr: UmemAddr, len_bytes: u64) {
-        assert!(
-            addr.0.checked_add(len_bytes).is_some_and(|end| end <= self.len_bytes()),
-            "an access stays inside the UMEM"
-        );
+        let is_inside = if len_bytes <= TAIL_SLAB_BYTES {
+            addr <= self.end
+        } else {
+            addr.0.checked_add(len_bytes).is_some_and(|end| end <= self.len_bytes())
+        };
+        assert!(is_inside, "an access stays inside the UMEM");
     }
 }
 

@@ -20,14 +20,8 @@ pub(super) struct Descriptor {
 impl Descriptor {
     #[inline]
     pub fn read(memory: &GuestMemory, at: UmemAddr) -> Self {
-        let bytes: [u8; 16] = memory.read(at);
-        let (addr, rest) = bytes.split_at(8);
-        Self {
-            addr: GuestPhysAddr(u64::from_le_bytes(addr.try_into().unwrap_or_default())),
-            len: u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]),
-            flags: u16::from_le_bytes([rest[4], rest[5]]),
-            next: u16::from_le_bytes([rest[6], rest[7]]),
-        }
+        let [addr, rest] = memory.read_words(at);
+        Self { addr: GuestPhysAddr(addr), len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
     }
 
     pub fn has_next(&self) -> bool {
