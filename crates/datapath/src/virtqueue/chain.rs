@@ -22,7 +22,29 @@ pub(super) struct Table {
     pub size: u32,
 }
 
-/// Appends the segments of the chain that starts at `head` to `segments`, in chain order; empty ones are left out.
+impl Table {
+    /// Reads a descriptor; `index` is below the size.
+    #[inline]
+    pub fn read(self, memory: &GuestMemory, index: u16) -> Descriptor {
+        Descriptor::read(memory, self.start.plus(u64::from(index) * DESCRIPTOR_BYTES))
+    }
+}
+
+/// The segment of a chain that is one descriptor, in one region: as most are. `None` for all else, broken or not.
+#[inline]
+pub(super) fn single(
+    memory: &GuestMemory,
+    first: &Descriptor,
+    direction: Direction,
+    hint: &mut usize,
+) -> Option<Segment> {
+    if !first.is_alone(direction) {
+        return None;
+    }
+    memory.translate(first.addr, first.len, hint).filter(|segment| segment.len == first.len && segment.len > 0)
+}
+
+/// Appends the segments of the chain that starts at `head` with the descriptor `first` to `segments`, in chain order; empty ones are left out.
 ///
 /// A buffer that spans two regions becomes two segments. `hint` speeds translation up, see [`GuestMemory::translate`].
 ///
@@ -32,22 +54,22 @@ pub(super) fn walk(
     memory: &GuestMemory,
     queue: Table,
     head: u16,
+    first: Descriptor,
     direction: Direction,
     hint: &mut usize,
     segments: &mut Vec<Segment>,
 ) -> Result<(), QueueFault> {
     let mut table = queue;
     let mut in_indirect = false;
-    let mut index = head;
+    let mut desc = first;
     for _ in 0..CHAIN_DESCS_MAX {
-        let desc = Descriptor::read(memory, table.start.plus(u64::from(index) * DESCRIPTOR_BYTES));
         if desc.is_indirect() {
             if in_indirect || desc.has_next() {
                 return Err(bad_table(head, &desc));
             }
             table = indirect_table(memory, queue, head, &desc, hint)?;
             in_indirect = true;
-            index = 0;
+            desc = table.read(memory, 0);
             continue;
         }
         if desc.is_device_writable() != (direction == Direction::DeviceWrites) {
@@ -60,7 +82,7 @@ pub(super) fn walk(
         if u32::from(desc.next) >= table.size {
             return Err(QueueFault::NextOutOfRange { head, next: desc.next, size: table.size });
         }
-        index = desc.next;
+        desc = table.read(memory, desc.next);
     }
     Err(QueueFault::ChainTooLong { head, limit: CHAIN_DESCS_MAX as u32 })
 }

@@ -1,5 +1,6 @@
 //! One descriptor of a split virtqueue (VIRTIO 1.3 §2.7.5), as read from guest memory: once, into our own memory.
 
+use super::chain::Direction;
 use crate::guest_memory::{GuestMemory, GuestPhysAddr, UmemAddr};
 
 /// Size of a descriptor in guest memory.
@@ -31,6 +32,13 @@ impl Descriptor {
     /// The device may write to it, and only that.
     pub fn is_device_writable(&self) -> bool {
         self.flags & VIRTQ_DESC_F_WRITE != 0
+    }
+
+    /// It is all of a chain, and its buffer is of this direction.
+    #[inline]
+    pub fn is_alone(&self, direction: Direction) -> bool {
+        let written = if direction == Direction::DeviceWrites { VIRTQ_DESC_F_WRITE } else { 0 };
+        self.flags & (VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE | VIRTQ_DESC_F_INDIRECT) == written
     }
 
     pub fn is_indirect(&self) -> bool {

@@ -280,9 +280,8 @@ impl SplitQueue {
     /// [`QueueFault::HeadOutOfRange`].
     #[inline]
     pub(crate) fn take_head(&mut self) -> Result<Taken, QueueFault> {
-        if let Some(head) = self.again.pop_front() {
-            self.again_taken += 1;
-            return Ok(Taken { head, position: self.again_taken - 1 });
+        if !self.again.is_empty() {
+            return Ok(self.take_again());
         }
         debug_assert_ne!(self.next_avail(), self.avail_idx, "a head is taken only if one is available");
         let head = self.avail_entry(self.next_avail());
@@ -295,6 +294,13 @@ impl SplitQueue {
             record.taken(head);
         }
         Ok(taken)
+    }
+
+    #[cold]
+    fn take_again(&mut self) -> Taken {
+        let Some(head) = self.again.pop_front() else { unreachable!("the caller has looked") };
+        self.again_taken += 1;
+        Taken { head, position: self.again_taken - 1 }
     }
 
     /// Gives back the head taken last: the driver's entry stays in the avail ring.
@@ -331,7 +337,15 @@ impl SplitQueue {
         segments: &mut Vec<Segment>,
     ) -> Result<(), QueueFault> {
         let table = Table { start: self.desc, size: u32::from(self.size) };
-        chain::walk(&self.memory, table, head, direction, &mut self.region_hint, segments)
+        let first = table.read(&self.memory, head);
+        let hint = &mut self.region_hint;
+        match chain::single(&self.memory, &first, direction, hint) {
+            Some(segment) if segments.len() < segments.capacity() => {
+                segments.push(segment);
+                Ok(())
+            }
+            _ => chain::walk(&self.memory, table, head, first, direction, hint, segments),
+        }
     }
 
     /// Writes a used entry; the driver sees it after [`publish_used`](Self::publish_used).
