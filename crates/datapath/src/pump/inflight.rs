@@ -5,116 +5,112 @@
 
 use crate::guest_memory::UmemAddr;
 
-const NONE: u16 = u16::MAX;
-/// Buckets for each slot.
-const SPREAD: usize = 4;
+/// No address: a UMEM is far smaller.
+const FREE: u64 = u64::MAX;
 
 #[derive(Debug, Clone, Copy)]
-struct Slot<V> {
+struct Place<V> {
     key: u64,
     value: V,
-    next: u16,
 }
 
-/// A multimap with room for `SLOTS` entries: chained hashing, nothing allocated after `new`.
+/// A multimap of `PLACES / 4` entries at most: open addressing with linear probing, nothing allocated after `new`.
 ///
-/// Sizes are powers of two that the compiler knows, so that a mask keeps an index inside.
+/// Invariant: from the place that an entry's key hashes to, up to its own, no place is free.
+///
+/// The number of places is a power of two that the compiler knows, so that a mask keeps an index inside. Most entries are
+/// in the first place that is looked at, for so few are taken, and buffers are mostly as far apart as their neighbours.
 #[derive(Debug)]
-pub(super) struct InFlight<V: Copy + Default, const SLOTS: usize> {
-    buckets: Box<[[u16; SPREAD]; SLOTS]>,
-    slots: Box<[Slot<V>; SLOTS]>,
-    free: u16,
+pub(super) struct InFlight<V: Copy + Default, const PLACES: usize> {
+    places: Box<[Place<V>; PLACES]>,
     len: usize,
 }
 
-impl<V: Copy + Default, const SLOTS: usize> InFlight<V, SLOTS> {
-    const SIZED: () = assert!(SLOTS.is_power_of_two() && SLOTS < NONE as usize, "slot numbers are 16 bits");
+impl<V: Copy + Default, const PLACES: usize> InFlight<V, PLACES> {
+    const CAPACITY: usize = PLACES / 4;
+    const BITS: u32 = {
+        assert!(PLACES.is_power_of_two() && Self::CAPACITY > 0, "an index is the top bits of a hash");
+        PLACES.ilog2()
+    };
 
     pub fn new() -> Self {
-        let () = Self::SIZED;
-        let slot = Slot { key: 0, value: V::default(), next: NONE };
-        let mut table =
-            Self { buckets: Box::new([[NONE; SPREAD]; SLOTS]), slots: Box::new([slot; SLOTS]), free: NONE, len: 0 };
-        table.clear();
-        table
+        Self { places: Box::new([Place { key: FREE, value: V::default() }; PLACES]), len: 0 }
     }
 
     pub fn len(&self) -> usize {
         self.len
     }
 
-    pub fn is_full(&self) -> bool {
-        self.free == NONE
+    /// Number of entries that can be added.
+    #[cfg(test)]
+    pub fn room(&self) -> usize {
+        Self::CAPACITY - self.len
     }
 
-    /// The bucket of a key, as an index of `buckets` and one inside.
+    /// Where to look for a key first.
     #[inline]
-    fn bucket(key: u64) -> (usize, usize) {
-        // Fibonacci hashing; buffers are often a power of two apart.
-        let hash = (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize;
-        (hash / SPREAD % SLOTS, hash % SPREAD)
+    fn home(key: u64) -> usize {
+        // Fibonacci hashing: the top bits depend on all of the key.
+        (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - Self::BITS)) as usize
     }
 
+    /// Where a key is, or the free place that ends the search for it.
     #[inline]
-    fn slot(&self, number: u16) -> &Slot<V> {
-        &self.slots[usize::from(number) % SLOTS]
+    fn find(&self, key: u64) -> usize {
+        let mut index = Self::home(key);
+        while ![key, FREE].contains(&self.places[index].key) {
+            index = (index + 1) % PLACES;
+        }
+        index
     }
 
-    #[inline]
-    fn slot_mut(&mut self, number: u16) -> &mut Slot<V> {
-        &mut self.slots[usize::from(number) % SLOTS]
-    }
-
-    /// Adds an entry; the table is not full.
+    /// Adds an entry; there is room.
     #[inline]
     pub fn insert(&mut self, key: UmemAddr, value: V) {
-        assert!(!self.is_full(), "room was checked before a buffer was given away");
-        let (row, column) = Self::bucket(key.0);
-        let number = self.free;
-        let next = std::mem::replace(&mut self.buckets[row][column], number);
-        let slot = self.slot_mut(number);
-        let free = slot.next;
-        *slot = Slot { key: key.0, value, next };
-        self.free = free;
+        assert!(self.len < Self::CAPACITY, "room was checked before a buffer was given away");
+        let mut index = Self::home(key.0);
+        while self.places[index].key != FREE {
+            index = (index + 1) % PLACES;
+        }
+        self.places[index] = Place { key: key.0, value };
         self.len += 1;
     }
 
     /// Takes one entry out.
     #[inline]
     pub fn remove(&mut self, key: UmemAddr) -> Option<V> {
-        let (row, column) = Self::bucket(key.0);
-        let first = self.buckets[row][column];
-        let (mut previous, mut number) = (NONE, first);
-        while number != NONE {
-            let &Slot { key: found, value, next } = self.slot(number);
-            if found == key.0 {
-                match previous {
-                    NONE => self.buckets[row][column] = next,
-                    _ => self.slot_mut(previous).next = next,
-                }
-                self.slot_mut(number).next = self.free;
-                self.free = number;
-                self.len -= 1;
-                return Some(value);
-            }
-            (previous, number) = (number, next);
+        let index = self.find(key.0);
+        let Place { key: found, value } = self.places[index];
+        if found == FREE {
+            return None;
         }
-        None
+        self.len -= 1;
+        self.places[index].key = FREE;
+        if self.places[(index + 1) % PLACES].key != FREE {
+            self.close_gap(index);
+        }
+        Some(value)
+    }
+
+    /// Moves entries behind a freed place up to it, where it cuts them off from their homes.
+    fn close_gap(&mut self, mut gap: usize) {
+        let distance = |from: usize, to: usize| to.wrapping_sub(from) % PLACES;
+        let mut index = (gap + 1) % PLACES;
+        while self.places[index].key != FREE {
+            if distance(Self::home(self.places[index].key), index) >= distance(gap, index) {
+                self.places[gap] = self.places[index];
+                self.places[index].key = FREE;
+                gap = index;
+            }
+            index = (index + 1) % PLACES;
+        }
     }
 
     /// One of the entries of a key.
     #[inline]
     pub fn get(&self, key: UmemAddr) -> Option<V> {
-        let (row, column) = Self::bucket(key.0);
-        let mut number = self.buckets[row][column];
-        while number != NONE {
-            let slot = self.slot(number);
-            if slot.key == key.0 {
-                return Some(slot.value);
-            }
-            number = slot.next;
-        }
-        None
+        let Place { key: found, value } = self.places[self.find(key.0)];
+        (found != FREE).then_some(value)
     }
 
     /// All values, in no particular order.
@@ -124,23 +120,12 @@ impl<V: Copy + Default, const SLOTS: usize> InFlight<V, SLOTS> {
 
     /// All keys with their values, in no particular order.
     pub fn entries(&self) -> impl Iterator<Item = (UmemAddr, V)> + '_ {
-        self.buckets.as_flattened().iter().flat_map(move |&first| {
-            std::iter::successors((first != NONE).then_some(first), move |&number| {
-                let next = self.slot(number).next;
-                (next != NONE).then_some(next)
-            })
-            .map(move |number| self.slot(number))
-            .map(|slot| (UmemAddr(slot.key), slot.value))
-        })
+        self.places.iter().filter(|place| place.key != FREE).map(|place| (UmemAddr(place.key), place.value))
     }
 
     /// Forgets everything.
     pub fn clear(&mut self) {
-        self.buckets.as_flattened_mut().fill(NONE);
-        for (slot, next) in self.slots.iter_mut().zip(1u16..) {
-            slot.next = if usize::from(next) < SLOTS { next } else { NONE };
-        }
-        self.free = 0;
+        self.places.iter_mut().for_each(|place| place.key = FREE);
         self.len = 0;
     }
 }

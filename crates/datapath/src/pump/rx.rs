@@ -63,7 +63,7 @@ enum Fit {
 #[derive(Debug)]
 pub(super) struct Rx {
     pub vring: Vring,
-    posted: InFlight<Posted, { RX_RING_DESCS as usize }>,
+    posted: InFlight<Posted, { 4 * RX_RING_DESCS as usize }>,
     /// Of the socket that the posted buffers were given to; it is closed when they are recalled.
     socket: Option<(UmemLayout, DriverRules)>,
     waiting: VecDeque<Waiting>,

@@ -48,7 +48,7 @@ struct Piece {
 /// Frames in the kernel's hands: as long as a socket lives, whatever becomes of the virtqueue.
 #[derive(Debug)]
 pub(super) struct TxInFlight {
-    pieces: InFlight<Piece, { COMPLETION_RING_DESCS as usize }>,
+    pieces: InFlight<Piece, { 4 * COMPLETION_RING_DESCS as usize }>,
     sent: Vec<Sent>,
     free: Vec<u16>,
     slab: Slab,
