@@ -4,7 +4,6 @@
 //! cached and read again only when the cache says full or empty. The barriers are those of
 //! `net/xdp/xsk_queue.h`, (A) to (D) in its opening comment.
 
-use std::marker::PhantomData;
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,12 +15,12 @@ use crate::error::HostError;
 struct Ring<T> {
     start: NonNull<u8>,
     len_bytes: usize,
-    size: u32,
-    producer: usize,
-    consumer: usize,
-    flags: usize,
-    entries: usize,
-    _entries: PhantomData<*mut T>,
+    /// Number of entries, less 1: that is a power of two.
+    mask: u32,
+    producer: NonNull<AtomicU32>,
+    consumer: NonNull<AtomicU32>,
+    flags: NonNull<AtomicU32>,
+    entries: NonNull<T>,
 }
 
 // SAFETY: a mapping without thread affinity; one thread owns the ring at a time (&mut self to use it).
@@ -29,45 +28,58 @@ unsafe impl<T: Send> Send for Ring<T> {}
 
 impl<T: Copy> Ring<T> {
     fn map(fd: RawFd, offsets: &libc::xdp_ring_offset, page_offset: u64, size: u32) -> Result<Self, HostError> {
+        assert!(size.is_power_of_two(), "ring indices are taken modulo the size by a mask");
         let len_bytes = offsets.desc as usize + size as usize * size_of::<T>();
         let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing of ours.
         let start =
             unsafe { libc::mmap(std::ptr::null_mut(), len_bytes, access, flags, fd, page_offset as libc::off_t) };
-        match NonNull::new(start.cast::<u8>()) {
-            Some(start_ptr) if start != libc::MAP_FAILED => Ok(Self {
-                start: start_ptr,
-                len_bytes,
-                size,
-                producer: offsets.producer as usize,
-                consumer: offsets.consumer as usize,
-                flags: offsets.flags as usize,
-                entries: offsets.desc as usize,
-                _entries: PhantomData,
-            }),
-            _ => Err(HostError::last("cannot map an AF_XDP ring", |_| "free some memory")),
-        }
+        let start = match NonNull::new(start.cast::<u8>()) {
+            Some(address) if start != libc::MAP_FAILED => address,
+            _ => return Err(HostError::last("cannot map an AF_XDP ring", |_| "free some memory")),
+        };
+        // SAFETY: the kernel's XDP_MMAP_OFFSETS name places inside the mapping.
+        let at = |offset: u64| unsafe { start.add(offset as usize) };
+        let [producer, consumer, flags] =
+            [offsets.producer, offsets.consumer, offsets.flags].map(|word| at(word).cast());
+        Ok(Self { start, len_bytes, mask: size - 1, producer, consumer, flags, entries: at(offsets.desc).cast() })
     }
 
     #[inline]
-    fn word(&self, offset: usize) -> &AtomicU32 {
-        // SAFETY: the kernel's XDP_MMAP_OFFSETS name aligned 32-bit words inside the mapping, which lives as long as
-        // &self; the kernel changes them atomically.
-        unsafe { AtomicU32::from_ptr(self.start.as_ptr().add(offset).cast()) }
+    fn size(&self) -> u32 {
+        self.mask + 1
     }
 
     #[inline]
-    fn entry(&self, index: u32) -> *mut T {
-        let slot = (index & (self.size - 1)) as usize;
-        // SAFETY: slot < size, and the mapping holds size entries from `entries` on.
-        unsafe { self.start.as_ptr().add(self.entries).cast::<T>().add(slot) }
+    fn producer(&self) -> &AtomicU32 {
+        // SAFETY: an aligned word inside the mapping, which lives as long as &self; the kernel changes it atomically.
+        unsafe { self.producer.as_ref() }
+    }
+
+    #[inline]
+    fn consumer(&self) -> &AtomicU32 {
+        // SAFETY: as producer().
+        unsafe { self.consumer.as_ref() }
+    }
+
+    #[inline]
+    fn flags(&self) -> &AtomicU32 {
+        // SAFETY: as producer().
+        unsafe { self.flags.as_ref() }
+    }
+
+    #[inline]
+    fn entry(&self, index: u32) -> NonNull<T> {
+        let slot = (index & self.mask) as usize;
+        // SAFETY: the mapping holds mask + 1 entries from `entries` on.
+        unsafe { self.entries.add(slot) }
     }
 
     #[inline]
     fn needs_wakeup(&self) -> bool {
         // Relaxed: a hint; the kernel sets it before it looks at the ring for the last time.
-        self.word(self.flags).load(Ordering::Relaxed) & libc::XDP_RING_NEED_WAKEUP != 0
+        self.flags().load(Ordering::Relaxed) & libc::XDP_RING_NEED_WAKEUP != 0
     }
 }
 
@@ -97,20 +109,20 @@ impl<T: Copy> Producer<T> {
     /// Number of entries that can be written, at least `wanted` if there are that many.
     #[inline]
     pub fn free(&mut self, wanted: u32) -> u32 {
-        let free = self.ring.size - self.next.wrapping_sub(self.consumed);
+        let free = self.ring.size() - self.next.wrapping_sub(self.consumed);
         if free >= wanted {
             return free;
         }
         // Acquire: the kernel has read the entries that we are about to overwrite. (D) pairs with (A)'s counterpart,
         // the kernel's store of the consumer index.
-        self.consumed = self.ring.word(self.ring.consumer).load(Ordering::Acquire);
-        self.ring.size - self.next.wrapping_sub(self.consumed)
+        self.consumed = self.ring.consumer().load(Ordering::Acquire);
+        self.ring.size() - self.next.wrapping_sub(self.consumed)
     }
 
     /// Writes the next entry. [`free`](Self::free) said that there is room.
     #[inline]
     pub fn write(&mut self, entry: T) {
-        debug_assert!(self.next.wrapping_sub(self.consumed) < self.ring.size, "room was reserved");
+        debug_assert!(self.next.wrapping_sub(self.consumed) < self.ring.size(), "room was reserved");
         // SAFETY: inside the mapping (entry()), and the kernel does not look at it before submit().
         unsafe { self.ring.entry(self.next).write_volatile(entry) };
         self.next = self.next.wrapping_add(1);
@@ -120,14 +132,14 @@ impl<T: Copy> Producer<T> {
     #[inline]
     pub fn submit(&mut self) {
         // Release: (B) entries are visible before the index. Pairs with (C), the kernel's load of the producer index.
-        self.ring.word(self.ring.producer).store(self.next, Ordering::Release);
+        self.ring.producer().store(self.next, Ordering::Release);
     }
 
     /// Entries that the kernel has not consumed yet.
     #[inline]
     pub fn pending(&mut self) -> u32 {
         // Acquire: as in free().
-        self.consumed = self.ring.word(self.ring.consumer).load(Ordering::Acquire);
+        self.consumed = self.ring.consumer().load(Ordering::Acquire);
         self.next.wrapping_sub(self.consumed)
     }
 
@@ -154,7 +166,7 @@ impl<T: Copy> Consumer<T> {
     #[inline]
     pub fn peek(&self) -> u32 {
         // Acquire: (C) entries are read after the index. Pairs with (B), the kernel's store of the producer index.
-        self.ring.word(self.ring.producer).load(Ordering::Acquire).wrapping_sub(self.next)
+        self.ring.producer().load(Ordering::Acquire).wrapping_sub(self.next)
     }
 
     /// Reads the next entry. [`peek`](Self::peek) said that there is one.
@@ -171,7 +183,7 @@ impl<T: Copy> Consumer<T> {
     pub fn release(&mut self) {
         // Release: (D) our reads are done before the kernel sees the index. Pairs with the kernel's load of the
         // consumer index before it writes, (A).
-        self.ring.word(self.ring.consumer).store(self.next, Ordering::Release);
+        self.ring.consumer().store(self.next, Ordering::Release);
     }
 }
 
@@ -186,7 +198,7 @@ impl<T: Copy> Consumer<T> {
     /// Sets or clears XDP_RING_NEED_WAKEUP.
     pub fn set_needs_wakeup(&self, on: bool) {
         // Relaxed: as in needs_wakeup().
-        self.ring.word(self.ring.flags).store(if on { libc::XDP_RING_NEED_WAKEUP } else { 0 }, Ordering::Relaxed);
+        self.ring.flags().store(if on { libc::XDP_RING_NEED_WAKEUP } else { 0 }, Ordering::Relaxed);
     }
 
     /// As if `index` entries had gone through already.
