@@ -264,7 +264,7 @@ impl SplitQueue {
     ///
     /// # Errors
     /// [`QueueFault::HeadOutOfRange`], or a broken chain; then nothing is taken, and `segments` may hold a part of it.
-    #[inline]
+    #[inline(always)]
     pub fn take(&mut self, direction: Direction, segments: &mut Vec<Segment>) -> Result<Taken, QueueFault> {
         let taken = self.take_head()?;
         if let Err(fault) = self.walk(taken.head, direction, segments) {
@@ -278,7 +278,7 @@ impl SplitQueue {
     ///
     /// # Errors
     /// [`QueueFault::HeadOutOfRange`].
-    #[inline]
+    #[inline(always)]
     pub(crate) fn take_head(&mut self) -> Result<Taken, QueueFault> {
         if !self.again.is_empty() {
             return Ok(self.take_again());
@@ -329,7 +329,7 @@ impl SplitQueue {
     ///
     /// # Errors
     /// A broken chain.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn walk(
         &mut self,
         head: u16,
@@ -349,7 +349,7 @@ impl SplitQueue {
     }
 
     /// Writes a used entry; the driver sees it after [`publish_used`](Self::publish_used).
-    #[inline]
+    #[inline(always)]
     pub fn push_used(&mut self, head: u16, len_bytes: u32) {
         if let Some(record) = &mut self.record
             && !record.used(head)
