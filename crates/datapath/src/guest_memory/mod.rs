@@ -21,6 +21,7 @@
 mod address;
 mod arena;
 mod dirty_log;
+mod entries;
 mod mapping;
 mod region;
 mod shared_file;
@@ -34,6 +35,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 pub use address::{GuestPhysAddr, UmemAddr, UserAddr};
 pub use dirty_log::DirtyLog;
+pub(crate) use entries::Entries;
 pub use region::{Region, RegionSpec};
 pub use shared_file::{FileSpec, SharedFile};
 pub(crate) use sum::add as add_words;
@@ -305,7 +307,7 @@ impl GuestMemory {
         std::array::from_fn(|i| unsafe { self.ptr(addr).add(i).read_volatile() })
     }
 
-    /// Reads two 64-bit little-endian words once. The compiler may not read them again: the guest could have changed them.
+    /// Reads two 64-bit words once. The compiler may not read them again: the guest could have changed them.
     #[inline]
     pub(crate) fn read_words(&self, addr: UmemAddr) -> [u64; 2] {
         self.check(addr, 16);
@@ -314,14 +316,14 @@ impl GuestMemory {
             return self.read_unaligned_words(addr);
         }
         // SAFETY: inside the mapping (checked above) and aligned (checked above).
-        unsafe { [u64::from_le(from.read_volatile()), u64::from_le(from.add(1).read_volatile())] }
+        unsafe { from.cast::<[u64; 2]>().read_volatile() }
     }
 
     #[cold]
     fn read_unaligned_words(&self, addr: UmemAddr) -> [u64; 2] {
         // SAFETY: `read_words` has checked that 16 bytes are inside the mapping.
         let byte = |i| unsafe { self.ptr(addr).add(i).read_volatile() };
-        [0, 8].map(|start| u64::from_le_bytes(std::array::from_fn(|i| byte(start + i))))
+        [0, 8].map(|start| u64::from_ne_bytes(std::array::from_fn(|i| byte(start + i))))
     }
 
     /// Loads a 16-bit ring field.
@@ -334,18 +336,6 @@ impl GuestMemory {
     #[inline]
     pub(crate) fn store_u16(&self, addr: UmemAddr, value: u16, order: Ordering) {
         self.atomic_u16(addr).store(value.to_le(), order);
-    }
-
-    /// Stores a 64-bit ring field at an address aligned to 4.
-    #[inline]
-    pub(crate) fn store_used_element(&self, addr: UmemAddr, id: u32, len: u32) {
-        self.check(addr, 8);
-        let to = self.ptr(addr).cast::<u32>();
-        // SAFETY: inside the mapping (checked above); used rings are aligned to 4 and elements are 8 bytes.
-        unsafe {
-            to.write_volatile(id.to_le());
-            to.add(1).write_volatile(len.to_le());
-        }
     }
 
     #[inline]

@@ -21,7 +21,13 @@ pub(super) struct Descriptor {
 impl Descriptor {
     #[inline]
     pub fn read(memory: &GuestMemory, at: UmemAddr) -> Self {
-        let [addr, rest] = memory.read_words(at);
+        Self::from_words(memory.read_words(at))
+    }
+
+    /// From the two little-endian words that it is in memory.
+    #[inline]
+    pub fn from_words(words: [u64; 2]) -> Self {
+        let [addr, rest] = words.map(u64::from_le);
         Self { addr: GuestPhysAddr(addr), len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
     }
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::chain::{self, Direction, Table};
-use super::descriptor::DESCRIPTOR_BYTES;
+use super::descriptor::{DESCRIPTOR_BYTES, Descriptor};
 use super::inflight_record::InflightRecord;
 use super::write_log::WriteLog;
 use crate::error::QueueFault;
-use crate::guest_memory::{GuestMemory, Segment, UmemAddr, UserAddr};
+use crate::guest_memory::{Entries, GuestMemory, Segment, UmemAddr, UserAddr};
 
 const VIRTQ_AVAIL_F_NO_INTERRUPT: u16 = 1;
 const VIRTQ_USED_F_NO_NOTIFY: u16 = 1;
@@ -54,8 +54,12 @@ pub struct SplitQueue {
     memory: Arc<GuestMemory>,
     size: u16,
     desc: UmemAddr,
+    descs: Entries<[u64; 2]>,
     avail: UmemAddr,
+    avail_entries: Entries<u16>,
     used: UmemAddr,
+    /// Head and length of each.
+    used_entries: Entries<[u32; 2]>,
     event_idx: bool,
     /// Next avail entry to take; free-running. Its low 16 bits are the ring's index; all of it is one head's alone.
     position: u64,
@@ -103,12 +107,16 @@ impl SplitQueue {
         // Relaxed: a plausible value is all that is wanted; available() looks again.
         let avail_idx = memory.load_u16(avail.plus(2), Ordering::Relaxed);
         let position = start_position(config.base, used_idx, avail_idx, config.size as u16);
+        let size = config.size as u16;
         Ok(Self {
-            memory,
-            size: config.size as u16,
+            size,
             desc,
+            descs: Entries::new(&memory, desc, size),
             avail,
+            avail_entries: Entries::new(&memory, avail.plus(RING_HEADER_BYTES), size),
             used,
+            used_entries: Entries::new(&memory, used.plus(RING_HEADER_BYTES), size),
+            memory,
             event_idx: config.event_idx,
             position,
             again: VecDeque::new(),
@@ -158,9 +166,8 @@ impl SplitQueue {
 
     #[inline]
     fn avail_entry(&self, index: u16) -> u16 {
-        let slot = u64::from(index & (self.size - 1));
-        // Relaxed: ordered by the Acquire load of the index.
-        self.memory.load_u16(self.avail.plus(RING_HEADER_BYTES + 2 * slot), Ordering::Relaxed)
+        // Ordered by the Acquire load of the index.
+        u16::from_le(self.avail_entries.read(index))
     }
 
     /// Buffers may lie in more memory from now on.
@@ -337,7 +344,7 @@ impl SplitQueue {
         segments: &mut Vec<Segment>,
     ) -> Result<(), QueueFault> {
         let table = Table { start: self.desc, size: u32::from(self.size) };
-        let first = table.read(&self.memory, head);
+        let first = Descriptor::from_words(self.descs.read(head));
         let hint = &mut self.region_hint;
         match chain::single(&self.memory, &first, direction, hint) {
             Some(segment) if segments.len() < segments.capacity() => {
@@ -356,12 +363,7 @@ impl SplitQueue {
         {
             self.publish_full_batch(head);
         }
-        let slot = u64::from(self.next_used & (self.size - 1));
-        self.memory.store_used_element(
-            self.used.plus(RING_HEADER_BYTES + slot * USED_ELEMENT_BYTES),
-            u32::from(head),
-            len_bytes,
-        );
+        self.used_entries.write(self.next_used, [u32::from(head).to_le(), len_bytes.to_le()]);
         self.next_used = self.next_used.wrapping_add(1);
     }
 
