@@ -193,9 +193,10 @@ def total_lines(report: PortReport, width: int) -> Iterator[str]:
 
 
 def reason_lines(report: PortReport) -> Iterator[str]:
-    """Why frames bounced or were dropped; a line each, none where there were none."""
+    """What was done to frames, and why they bounced or were dropped; a line each, none where there were none."""
     for name, total in (("rx", report.rx), ("tx", report.tx)):
-        for fate, counts in (("bounced", total.bounced), ("dropped", total.dropped)):
+        fates = (("offloaded", total.offloaded), ("bounced", total.bounced), ("dropped", total.dropped))
+        for fate, counts in fates:
             if any(counts.values()):
                 yield f"{name} {fate}: {by_reason(counts)}"
 

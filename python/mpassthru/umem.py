@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 PAGE_BYTES: Final = 4096
-SLAB_BYTES_PER_QUEUE: Final = 4 << 20
+SLAB_BYTES_PER_QUEUE: Final = (4 << 20) + (512 << 10)
 """The host's own frames next to the guest's memory (crates/datapath, `pump/slab.rs`)."""
 SLAB_ENDS_BYTES: Final = 3 * PAGE_BYTES
 """What lies in front of the first and behind the last of them."""

@@ -70,6 +70,14 @@ def test_lines_end_with_totals_and_reasons() -> None:
     assert steering == "XDP program: -"
 
 
+def test_what_was_done_to_frames_is_listed() -> None:
+    out = io.StringIO()
+    offloaded = DirectionReport(frames=90, direct=90, header_split=90, offloaded={"tso4": 2, "checksum": 0})
+    LineView(out).finish(msgspec.structs.replace(SECOND, tx=offloaded))
+
+    assert "tx offloaded: tso4 2\n" in out.getvalue()
+
+
 @pytest.mark.parametrize("each_interval", [True, False])
 def test_json_lines_come_only_where_they_were_asked_for(each_interval: bool) -> None:
     out, messages = io.StringIO(), io.StringIO()

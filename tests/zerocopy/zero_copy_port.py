@@ -151,7 +151,10 @@ def difference(now: DirectionReport, then: DirectionReport) -> DirectionReport:
         frames=now.frames - then.frames,
         bytes=now.bytes - then.bytes,
         direct=now.direct - then.direct,
+        header_split=now.header_split - then.header_split,
         bounced=by_reason(now.bounced, then.bounced),
         dropped=by_reason(now.dropped, then.dropped),
+        offloaded=by_reason(now.offloaded, then.offloaded),
         copied_bytes=now.copied_bytes - then.copied_bytes,
+        header_bytes=now.header_bytes - then.header_bytes,
     )

@@ -62,11 +62,30 @@ reasons! {
         /// The kernel answered with a buffer that it did not have (rx), or completed what was not sent (tx): its socket
         /// is not believed any more, and closed.
         UnknownAnswer => "unknown_answer",
+        /// tx: a checksum is asked for where there is no place for it.
+        BadChecksumRequest => "bad_checksum_request",
+        /// tx: segmentation is asked for of what cannot be segmented, or was not negotiated.
+        BadSegmentRequest => "bad_segment_request",
+    }
+}
+
+reasons! {
+    /// What was done to a frame of the guest.
+    Offload {
+        /// tx: its checksum was made.
+        Checksum => "checksum",
+        /// tx: it was cut into TCP segments over IPv4.
+        Tso4 => "tso4",
+        /// tx: over IPv6.
+        Tso6 => "tso6",
+        /// tx: it was cut into UDP datagrams.
+        Uso => "uso",
     }
 }
 
 const BOUNCE: usize = BounceReason::NAMES.len();
 const DROP: usize = DropReason::NAMES.len();
+const OFFLOAD: usize = Offload::NAMES.len();
 
 /// One direction's figures.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -75,14 +94,20 @@ pub struct Counts {
     pub frames: u64,
     /// Their bytes, without virtio-net header and FCS.
     pub bytes: u64,
-    /// Frames that no one copied in user space.
+    /// Frames whose payload no one copied in user space.
     pub direct: u64,
+    /// tx: those of them whose headers were made here, for their checksum or as segments of a larger frame.
+    pub header_split: u64,
     /// Frames copied once, by [`BounceReason`].
     pub bounced: [u64; BOUNCE],
     /// Frames lost, by [`DropReason`].
     pub dropped: [u64; DROP],
-    /// Payload bytes copied in user space; added where the copy is made.
+    /// Frames of the guest by what was done to them, by [`Offload`]; each may be many of `frames`.
+    pub offloaded: [u64; OFFLOAD],
+    /// Bytes copied in user space; added where the copy is made.
     pub copied_bytes: u64,
+    /// Those of them that are headers of `header_split` frames.
+    pub header_bytes: u64,
 }
 
 impl Counts {
@@ -92,6 +117,21 @@ impl Counts {
         self.frames += 1;
         self.bytes += u64::from(len_bytes);
         self.direct += 1;
+    }
+
+    /// Counts a frame whose payload stayed in place, and whose headers were made here.
+    #[inline]
+    pub fn header_split(&mut self, len_bytes: u32, header_bytes: u32) {
+        self.direct(len_bytes);
+        self.header_split += 1;
+        self.header_bytes += u64::from(header_bytes);
+        self.copied_bytes += u64::from(header_bytes);
+    }
+
+    /// Counts a frame of the guest of which something was asked for.
+    #[inline]
+    pub fn offloaded(&mut self, offload: Offload) {
+        self.offloaded[offload as usize] += 1;
     }
 
     /// Counts a copied frame.
@@ -110,36 +150,50 @@ impl Counts {
 
     /// Adds another thread's or an earlier life's figures.
     pub fn add(&mut self, other: &Self) {
-        self.frames += other.frames;
-        self.bytes += other.bytes;
-        self.direct += other.direct;
-        self.copied_bytes += other.copied_bytes;
-        for (to, from) in self.bounced.iter_mut().zip(other.bounced) {
+        let mut words = self.words();
+        for (to, from) in words.iter_mut().zip(other.words()) {
             *to += from;
         }
-        for (to, from) in self.dropped.iter_mut().zip(other.dropped) {
-            *to += from;
-        }
+        *self = Self::from_words(&words);
     }
 
     fn words(&self) -> [u64; WORDS] {
         let mut words = [0; WORDS];
-        words[..4].copy_from_slice(&[self.frames, self.bytes, self.direct, self.copied_bytes]);
-        words[4..4 + BOUNCE].copy_from_slice(&self.bounced);
-        words[4 + BOUNCE..].copy_from_slice(&self.dropped);
+        let (plain, by_name) = words.split_at_mut(PLAIN);
+        plain.copy_from_slice(&[
+            self.frames,
+            self.bytes,
+            self.direct,
+            self.header_split,
+            self.copied_bytes,
+            self.header_bytes,
+        ]);
+        let (bounced, by_name) = by_name.split_at_mut(BOUNCE);
+        let (dropped, offloaded) = by_name.split_at_mut(DROP);
+        bounced.copy_from_slice(&self.bounced);
+        dropped.copy_from_slice(&self.dropped);
+        offloaded.copy_from_slice(&self.offloaded);
         words
     }
 
     fn from_words(words: &[u64; WORDS]) -> Self {
-        let mut counts =
-            Self { frames: words[0], bytes: words[1], direct: words[2], copied_bytes: words[3], ..Self::default() };
-        counts.bounced.copy_from_slice(&words[4..4 + BOUNCE]);
-        counts.dropped.copy_from_slice(&words[4 + BOUNCE..]);
+        let (plain, by_name) = words.split_at(PLAIN);
+        let (bounced, by_name) = by_name.split_at(BOUNCE);
+        let (dropped, offloaded) = by_name.split_at(DROP);
+        let &[frames, bytes, direct, header_split, copied_bytes, header_bytes] = plain else {
+            unreachable!("the length is that of the split");
+        };
+        let mut counts = Self { frames, bytes, direct, header_split, copied_bytes, header_bytes, ..Self::default() };
+        counts.bounced.copy_from_slice(bounced);
+        counts.dropped.copy_from_slice(dropped);
+        counts.offloaded.copy_from_slice(offloaded);
         counts
     }
 }
 
-const WORDS: usize = 4 + BOUNCE + DROP;
+/// Figures without a name of their own in a list.
+const PLAIN: usize = 6;
+const WORDS: usize = PLAIN + BOUNCE + DROP + OFFLOAD;
 
 /// What one thread publishes and others read. Each figure is exact; a snapshot may be torn between figures.
 #[derive(Debug, Default)]

@@ -7,7 +7,7 @@ use mpassthru_datapath::error::HostError;
 use mpassthru_datapath::fd::EventFd;
 use mpassthru_datapath::guest_memory::{FileSpec, GuestPhysAddr, RegionSpec, UserAddr};
 use mpassthru_datapath::pump::{self, PollMode};
-use mpassthru_datapath::stats::{BounceReason, Counts, DropReason};
+use mpassthru_datapath::stats::{BounceReason, Counts, DropReason, Offload};
 use mpassthru_datapath::virtqueue::{InflightRecord, Logged, QueueConfig};
 use mpassthru_datapath::xsk::{
     BindMode, Contiguity, DriverRules, FRAME_BYTES_MAX, LONG_FRAME_BYTES_MAX, SocketParams, UmemLayout,
@@ -417,9 +417,12 @@ fn direction<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyDic
     report.set_item("frames", counts.frames)?;
     report.set_item("bytes", counts.bytes)?;
     report.set_item("direct", counts.direct)?;
+    report.set_item("header_split", counts.header_split)?;
     report.set_item("bounced", by_reason(py, BounceReason::NAMES, &counts.bounced)?)?;
     report.set_item("dropped", by_reason(py, DropReason::NAMES, &counts.dropped)?)?;
+    report.set_item("offloaded", by_reason(py, Offload::NAMES, &counts.offloaded)?)?;
     report.set_item("copied_bytes", counts.copied_bytes)?;
+    report.set_item("header_bytes", counts.header_bytes)?;
     Ok(report)
 }
 

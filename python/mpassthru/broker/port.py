@@ -400,7 +400,7 @@ def _with_ipc_lock(configuration: control.Configure, keep: bool) -> control.Conf
 
 def _checked(report: DirectionReport) -> DirectionReport:
     """Refuse reasons that are not plain names, or are too many: they are summed up, and shown as they are."""
-    reasons: tuple[Mapping[str, int], ...] = (report.bounced, report.dropped)
+    reasons: tuple[Mapping[str, int], ...] = (report.bounced, report.dropped, report.offloaded)
     if any(len(reason) > REASONS_MAX for reason in reasons):
         raise ControlError(f"the worker reported more than {REASONS_MAX} reasons")
     for name in (name for reason in reasons for name in reason):

@@ -118,9 +118,12 @@ def total(first: DirectionReport, second: DirectionReport) -> DirectionReport:
         frames=first.frames + second.frames,
         bytes=first.bytes + second.bytes,
         direct=first.direct + second.direct,
+        header_split=first.header_split + second.header_split,
         bounced=_sum_by_reason(first.bounced, second.bounced),
         dropped=_sum_by_reason(first.dropped, second.dropped),
+        offloaded=_sum_by_reason(first.offloaded, second.offloaded),
         copied_bytes=first.copied_bytes + second.copied_bytes,
+        header_bytes=first.header_bytes + second.header_bytes,
     )
 
 

@@ -343,8 +343,16 @@ async def test_socket_that_cannot_be_steered_to_is_refused_and_closed() -> None:
         control.SocketBound(queue_pair=0, mode="copy"),
         control.WorkerReport(rx=DirectionReport(dropped={"\x1b[2J": 1}), tx=DirectionReport()),
         control.WorkerReport(rx=DirectionReport(), tx=DirectionReport(bounced={f"r{i}": 1 for i in range(65)})),
+        control.WorkerReport(rx=DirectionReport(), tx=DirectionReport(offloaded={"\x1b[2J": 1})),
     ],
-    ids=["no such queue pair", "negative queue pair", "socket never given", "reason is no name", "too many reasons"],
+    ids=[
+        "no such queue pair",
+        "negative queue pair",
+        "socket never given",
+        "reason is no name",
+        "too many reasons",
+        "offload is no name",
+    ],
 )
 async def test_nonsense_from_a_worker_gets_it_killed_and_replaced(nonsense: WorkerMessage) -> None:
     async with harness() as h:

@@ -180,7 +180,18 @@ def test_attach_prints_its_report_as_one_line_of_json(monkeypatch: pytest.Monkey
     assert report["final"] is True
     assert report["interface"] == "eth9"
     assert {"mode", "rx", "tx"} <= report.keys()
-    assert report["rx"].keys() == {"frames", "bytes", "direct", "bounced", "dropped", "copied_bytes"}
+    fields = {
+        "frames",
+        "bytes",
+        "direct",
+        "header_split",
+        "bounced",
+        "dropped",
+        "offloaded",
+        "copied_bytes",
+        "header_bytes",
+    }
+    assert report["rx"].keys() == fields
 
 
 def test_attach_that_failed_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,12 @@ def test_bad_direction_fails_it(direction: DirectionReport, name: str, side: str
     assert f"{side}: {name}" in failed(report)
 
 
+def test_headers_that_are_made_fail_nothing() -> None:
+    split = DirectionReport(frames=1000, direct=1000, header_split=9, copied_bytes=594, header_bytes=594)
+
+    assert failed(msgspec.structs.replace(GOOD, tx=split)) == []
+
+
 def test_trouble_of_the_port_fails_it() -> None:
     report = msgspec.structs.replace(GOOD, troubles=("virtqueue 0 stopped",))
 

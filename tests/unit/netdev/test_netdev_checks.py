@@ -98,7 +98,7 @@ def test_guest_of_4_gib_costs_136_mib_per_queue_and_16_mib_of_tables() -> None:
 
 def test_queues_share_the_umem_and_have_a_pool_each() -> None:
     one, four = umem_cost(1 << 30), umem_cost(1 << 30, queues=4)
-    assert four.pinned_bytes - one.pinned_bytes == 3 * (4 << 20)
+    assert four.pinned_bytes - one.pinned_bytes == 3 * (4608 << 10)
     assert four.kernel_bytes_per_queue * 4 < four.kernel_bytes < four.kernel_bytes_per_queue * 5
 
 

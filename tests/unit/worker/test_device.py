@@ -319,7 +319,7 @@ async def test_sockets_are_closed_before_memory_changes(bench: Bench) -> None:
 
 MEMORY = MemoryRegion(guest_phys_address=0, size_bytes=1 << 20, user_address=0, mmap_offset=0, fd=0)
 MORE = MemoryRegion(guest_phys_address=1 << 20, size_bytes=2 << 20, user_address=1 << 20, mmap_offset=0, fd=0)
-SLABS_BYTES = (4 << 20) + 3 * 4096
+SLABS_BYTES = (4608 << 10) + 3 * 4096
 
 
 async def quiet(bench: Bench) -> None:

@@ -14,7 +14,9 @@ from mpassthru.worker import memlock
 from mpassthru.worker.memlock import check_memlock, pinned_bytes
 
 MIB = 1 << 20
-SLAB_BYTES = 4 * MIB + 3 * 4096
+PAIR_BYTES = 2 * 512 * 4096 + 1024 * 512
+"""rx and tx frames, and headers."""
+SLAB_BYTES = PAIR_BYTES + 3 * 4096
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def region() -> Iterator[MemoryRegion]:
 
 def test_frames_of_our_own_are_pinned_too(region: MemoryRegion) -> None:
     assert pinned_bytes([region], queue_pairs=1) == 64 * MIB + SLAB_BYTES
-    assert pinned_bytes([region, region], queue_pairs=2) == 128 * MIB + SLAB_BYTES + 4 * MIB
+    assert pinned_bytes([region, region], queue_pairs=2) == 128 * MIB + SLAB_BYTES + PAIR_BYTES
 
 
 def test_region_is_pinned_by_whole_pages_of_its_file(region: MemoryRegion) -> None:

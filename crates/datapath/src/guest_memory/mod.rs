@@ -267,6 +267,14 @@ impl GuestMemory {
         unsafe { libc::memcpy(self.ptr(addr).cast(), bytes.as_ptr().cast(), bytes.len()) };
     }
 
+    /// Copies memory at `addr` into `bytes`: once, whatever becomes of it meanwhile.
+    #[inline]
+    pub fn read_bytes(&self, addr: UmemAddr, bytes: &mut [u8]) {
+        self.check(addr, bytes.len() as u64);
+        // SAFETY: both ranges are valid for their length (checked above); `bytes` is ours and does not overlap.
+        unsafe { libc::memcpy(bytes.as_mut_ptr().cast(), self.ptr(addr).cast(), bytes.len()) };
+    }
+
     /// Copies `len` bytes from `from` to `to`; the ranges may overlap.
     #[inline]
     pub fn copy(&self, from: UmemAddr, to: UmemAddr, len: u32) {

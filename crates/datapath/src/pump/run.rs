@@ -116,7 +116,7 @@ impl Pump {
             rx: None,
             tx: None,
             rx_slab: Slab::new(pair, 0),
-            flight: TxInFlight::new(Slab::new(pair, 1)),
+            flight: TxInFlight::new(pair),
             rx_counts: Counts::default(),
             tx_counts: Counts::default(),
             reported_errno: None,
@@ -474,6 +474,9 @@ impl Pump {
             Some(rx) => rx.recall(&mut self.rx_slab),
             None => self.rx_slab.reset(),
         }
+        if let Some(tx) = &mut self.tx {
+            tx.withdraw(&mut self.flight);
+        }
         let tx = &mut self.tx;
         self.flight.abandon(|head| {
             if let Some(tx) = tx {
@@ -485,11 +488,14 @@ impl Pump {
         }
     }
 
-    /// Waits, for a limited time, until the kernel has sent what it was given.
+    /// Waits, for a limited time, until the kernel has sent what it was given and all of a frame of which it has a part.
     fn drain(&mut self) {
         let (Some(xsk), deadline) = (&mut self.xsk, Instant::now() + self.drain_deadline) else { return };
         let mut unknown = None;
-        while !self.flight.is_empty() && Instant::now() < deadline {
+        while (!self.flight.is_empty() || self.tx.as_ref().is_some_and(Tx::holds)) && Instant::now() < deadline {
+            if let Some(tx) = &mut self.tx {
+                tx.finish(xsk, &mut self.flight, &mut self.tx_counts);
+            }
             let refused = xsk.tx_pending() > 0 && xsk.tx_wakeup().is_err_and(|errno| errno != libc::EAGAIN);
             let tx = &mut self.tx;
             let reaped = self.flight.reap(xsk, |head| {
@@ -544,6 +550,7 @@ impl Pump {
             self.let_go(tx, !self.flight.is_empty())?;
             let mut tx = self.tx.take();
             if let Some(tx) = &mut tx {
+                tx.withdraw(&mut self.flight);
                 tx.vring.give_back(&mut []);
             }
             Ok(tx.map_or(0, |tx| u64::from(tx.vring.queue.next_avail())))

@@ -2,17 +2,20 @@
 //!
 //! **Direct**: the pieces of the guest's chain, less its virtio-net header, become tx descriptors; the head is used when
 //! the completion ring has named every piece. **Bounce**: a frame that cannot be sent so is copied into slab frames, and its
-//! head is used at once.
+//! head is used at once. **Header-split** ([`offload`]): its headers are made in a slab frame, its payload stays where it is.
 //!
 //! Invariant: no descriptor is submitted that the kernel would refuse, for such a one may never complete.
 
+mod offload;
+
+use self::offload::Split;
 use super::inflight::InFlight;
 use super::slab::Slab;
 use super::vring::Vring;
 use crate::error::{BurstError, QueueFault, UnknownAnswer};
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
 use crate::stats::{BounceReason, Counts, DropReason};
-use crate::virtqueue::{CHAIN_DESCS_MAX, Direction};
+use crate::virtqueue::{CHAIN_DESCS_MAX, Direction, Taken};
 use crate::xsk::{BindMode, CHUNK_BYTES, COMPLETION_RING_DESCS, LONG_FRAME_BYTES_MAX, TX_RING_DESCS, XskSocket};
 
 /// Frames handled before the other direction gets its turn.
@@ -28,8 +31,14 @@ const LONG_PIECES_MAX: usize = LONG_FRAME_BYTES_MAX.div_ceil(PIECE_BYTES_MAX) as
 /// Who is waiting for a frame to be sent.
 #[derive(Debug, Clone, Copy)]
 enum Owner {
-    Guest { head: u16 },
-    Slab { frame: UmemAddr },
+    Guest {
+        head: u16,
+    },
+    Slab {
+        frame: UmemAddr,
+    },
+    /// The guest's, but its head is back in the avail ring.
+    Nobody,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -52,18 +61,23 @@ pub(super) struct TxInFlight {
     sent: Vec<Sent>,
     free: Vec<u16>,
     slab: Slab,
+    headers: Slab,
     /// Copy mode clears bit 0 of completed addresses (net/xdp/xsk.c keeps `address | 1` in the skb).
     key_mask: u64,
 }
 
 impl TxInFlight {
-    pub fn new(slab: Slab) -> Self {
+    /// Nothing, and the slabs of queue pair `pair`.
+    pub fn new(pair: usize) -> Self {
         let capacity = COMPLETION_RING_DESCS as usize;
+        // One more for a frame that is held, for nothing of it needs to be in flight.
+        let records = capacity + 1;
         Self {
             pieces: InFlight::new(),
-            sent: vec![Sent { owner: Owner::Guest { head: 0 }, pieces_left: 0 }; capacity],
-            free: (0..capacity as u16).rev().collect(),
-            slab,
+            sent: vec![Sent { owner: Owner::Nobody, pieces_left: 0 }; records],
+            free: (0..records as u16).rev().collect(),
+            slab: Slab::new(pair, 1),
+            headers: Slab::of_headers(pair),
             key_mask: !0,
         }
     }
@@ -77,10 +91,10 @@ impl TxInFlight {
         self.pieces.len() == 0
     }
 
-    /// Number of bounce frames that nobody has.
+    /// Number of our frames that are in flight.
     #[cfg(any(test, feature = "fuzzing"))]
-    pub fn free_slab_frames(&self) -> usize {
-        crate::pump::slab::SLAB_FRAMES - self.slab.used()
+    pub fn used_slab_frames(&self) -> usize {
+        self.slab.used() + self.headers.used()
     }
 
     fn key(&self, addr: UmemAddr) -> UmemAddr {
@@ -107,7 +121,23 @@ impl TxInFlight {
         }
     }
 
+    /// Takes as many slab frames as a copy of `len` bytes needs, padded to what the driver takes. Returns false if there is
+    /// no room for them.
+    #[inline]
+    fn take_copy(&mut self, xsk: &mut XskSocket, memory: &GuestMemory, len: u32, into: &mut Vec<Segment>) -> bool {
+        let padded = len.max(xsk.rules.tx_frame_min);
+        let frames = padded.div_ceil(PIECE_BYTES_MAX) as usize;
+        if !self.has_room(xsk, frames) || self.slab.available() < frames {
+            return false;
+        }
+        take_frames(&mut self.slab, padded, into);
+        // Padding is for the shortest frames: those have one piece.
+        memory.zero(into[0].addr.plus(u64::from(len)), padded - len);
+        true
+    }
+
     /// Writes those of a packet in slab frames, of which each goes back by itself; room was checked.
+    #[inline]
     fn send_copy(&mut self, xsk: &mut XskSocket, frames: &[Segment]) {
         for (index, frame) in frames.iter().enumerate() {
             let sent = self.record(Owner::Slab { frame: frame.addr }, 1);
@@ -115,10 +145,39 @@ impl TxInFlight {
         }
     }
 
+    /// Writes a packet of headers of ours and of payload of a frame that is held; room was checked.
+    fn send_split(&mut self, xsk: &mut XskSocket, headers: Segment, payload: &[Segment], held: u16) {
+        let slot = self.record(Owner::Slab { frame: headers.addr }, 1);
+        self.write(xsk, &headers, slot, !payload.is_empty());
+        self.sent[usize::from(held)].pieces_left += payload.len() as u16;
+        for (index, piece) in payload.iter().enumerate() {
+            self.write(xsk, piece, held, index + 1 < payload.len());
+        }
+    }
+
+    /// Holds a head: more of its frame may be sent than is in flight.
+    fn hold(&mut self, head: u16) -> u16 {
+        self.record(Owner::Guest { head }, 1)
+    }
+
+    /// All of a held frame was sent. Returns its head if nothing of it is in flight.
+    fn let_go(&mut self, held: u16) -> Option<u16> {
+        match self.done(held) {
+            Some(Owner::Guest { head }) => Some(head),
+            _ => None,
+        }
+    }
+
+    /// No more of a held frame is sent, and its head is not to be used.
+    fn disown(&mut self, held: u16) {
+        self.sent[usize::from(held)].owner = Owner::Nobody;
+        self.done(held);
+    }
+
     #[inline]
     fn record(&mut self, owner: Owner, pieces: usize) -> u16 {
         let Some(sent) = self.free.pop() else {
-            unreachable!("there are as many records as completions, and each of them has a piece");
+            unreachable!("there is a record for each completion and one more, and only a held one has no piece");
         };
         self.sent[usize::from(sent)] = Sent { owner, pieces_left: pieces as u16 };
         sent
@@ -130,6 +189,24 @@ impl TxInFlight {
         xsk.tx_write(piece.addr, piece.len, more);
     }
 
+    /// A piece is done, or a hold ended; whose record that was, if it was the last.
+    #[inline]
+    fn done(&mut self, index: u16) -> Option<Owner> {
+        let sent = &mut self.sent[usize::from(index)];
+        sent.pieces_left -= 1;
+        if sent.pieces_left > 0 {
+            return None;
+        }
+        self.free.push(index);
+        Some(sent.owner)
+    }
+
+    #[inline]
+    fn give_back(&mut self, frame: UmemAddr) -> Result<(), UnknownAnswer> {
+        let slab = if self.headers.holds(frame) { &mut self.headers } else { &mut self.slab };
+        slab.give_back(frame)
+    }
+
     /// Takes completions in; `used` gets the head of each guest frame that is done. Returns their number.
     ///
     /// # Errors
@@ -139,14 +216,10 @@ impl TxInFlight {
         for _ in 0..completed {
             let addr = xsk.completion_read();
             let piece = self.pieces.remove(self.key(addr)).ok_or(UnknownAnswer(addr))?;
-            let sent = &mut self.sent[usize::from(piece.sent)];
-            sent.pieces_left -= 1;
-            if sent.pieces_left == 0 {
-                self.free.push(piece.sent);
-                match sent.owner {
-                    Owner::Guest { head } => used(head),
-                    Owner::Slab { frame } => self.slab.give_back(frame)?,
-                }
+            match self.done(piece.sent) {
+                Some(Owner::Guest { head }) => used(head),
+                Some(Owner::Slab { frame }) => self.give_back(frame)?,
+                Some(Owner::Nobody) | None => {}
             }
         }
         if completed > 0 {
@@ -167,7 +240,8 @@ impl TxInFlight {
         true
     }
 
-    /// The socket is closed: what it had is gone. `used` gets each guest head; its frame may or may not have left.
+    /// The socket is closed: what it had is gone. `used` gets each guest head; its frame may or may not have left. No
+    /// frame is held.
     pub fn abandon(&mut self, mut used: impl FnMut(u16)) {
         let mut open: Vec<u16> = self.pieces.values().map(|piece| piece.sent).collect();
         open.sort_unstable();
@@ -180,25 +254,21 @@ impl TxInFlight {
         }
         self.pieces.clear();
         self.slab.reset();
+        self.headers.reset();
     }
-}
-
-/// What becomes of a chain.
-enum Verdict {
-    Direct,
-    Bounce(BounceReason),
-    Drop(DropReason),
 }
 
 /// The tx side of a queue pair.
 #[derive(Debug)]
 pub(super) struct Tx {
     pub vring: Vring,
+    /// The chain at work: that of the frame that is held, while one is.
     chain: Vec<Segment>,
     /// The pieces of a long frame, cut to what descriptors take.
     cut: Vec<Segment>,
     /// Where a frame is copied to.
     copy: Vec<Segment>,
+    split: Split,
     /// Why the kernel does not send at the moment, if it does not.
     pub wakeup_errno: Option<i32>,
 }
@@ -210,6 +280,7 @@ impl Tx {
             chain: Vec::with_capacity(CHAIN_DESCS_MAX),
             cut: Vec::with_capacity(CHAIN_DESCS_MAX + LONG_PIECES_MAX),
             copy: Vec::with_capacity(LONG_PIECES_MAX),
+            split: Split::new(),
             wakeup_errno: None,
         }
     }
@@ -243,60 +314,75 @@ impl Tx {
         flight.reap(xsk, |head| self.vring.queue.push_used(head, 0))
     }
 
+    /// Returns the number of frames sent or dropped.
     fn send(&mut self, xsk: &mut XskSocket, flight: &mut TxInFlight, counts: &mut Counts) -> Result<u32, QueueFault> {
         if !self.vring.runs() {
             return Ok(0);
         }
-        let available = u32::from(self.vring.queue.available()?).min(BURST);
-        for taken in 0..available {
-            self.chain.clear();
-            let head = self.vring.queue.take(Direction::DeviceReads, &mut self.chain)?;
-            if !self.send_chain(head.head, xsk, flight, counts) {
-                self.vring.queue.untake(head);
-                return Ok(taken);
-            }
+        let mut sent = 0;
+        if self.holds() {
+            sent = self.go_on(BURST, xsk, flight, counts);
         }
-        Ok(available)
+        let available = self.vring.queue.available()?;
+        for _ in 0..available {
+            if sent >= BURST || self.holds() {
+                break;
+            }
+            self.chain.clear();
+            let taken = self.vring.queue.take(Direction::DeviceReads, &mut self.chain)?;
+            let Some(frames) = self.send_chain(taken, BURST - sent, xsk, flight, counts) else {
+                self.vring.queue.untake(taken);
+                break;
+            };
+            sent += frames;
+        }
+        Ok(sent)
     }
 
-    /// Sends, copies or drops the frame in `self.chain`. Returns false, having done nothing, if there is no room.
+    /// Sends, copies or drops the frame in `self.chain`, or up to `budget` of the frames that it is cut into. Returns how
+    /// many; `None`, having done nothing, if there is no room.
     #[inline]
-    fn send_chain(&mut self, head: u16, xsk: &mut XskSocket, flight: &mut TxInFlight, counts: &mut Counts) -> bool {
+    fn send_chain(
+        &mut self,
+        taken: Taken,
+        budget: u32,
+        xsk: &mut XskSocket,
+        flight: &mut TxInFlight,
+        counts: &mut Counts,
+    ) -> Option<u32> {
+        if !self.vring.offloads.is_none()
+            && let Some(frames) = self.send_offloaded(taken, budget, xsk, flight, counts)
+        {
+            return Some(frames);
+        }
         let mut pieces = strip_header(&mut self.chain, self.vring.header_len);
         let len = pieces.iter().fold(0u32, |sum, piece| sum.saturating_add(piece.len));
-        if len > PIECE_BYTES_MAX && len <= xsk.rules.tx_frame_max {
+        if let Some(reason) = reason_to_drop(&self.vring, len, xsk.rules.tx_frame_max) {
+            counts.dropped(reason);
+            self.vring.queue.push_used(taken.head, 0);
+            return Some(1);
+        }
+        if len > PIECE_BYTES_MAX {
             cut(pieces, &mut self.cut);
             pieces = &self.cut;
         }
-        match judge(&self.vring, pieces, len, xsk, flight) {
-            Verdict::Drop(reason) => {
-                counts.dropped(reason);
-                self.vring.queue.push_used(head, 0);
+        let Some(reason) = reason_to_bounce(&self.vring, pieces, 0, len, xsk, flight) else {
+            if !flight.has_room(xsk, pieces.len()) {
+                return None;
             }
-            Verdict::Direct => {
-                if !flight.has_room(xsk, pieces.len()) {
-                    return false;
-                }
-                flight.send(xsk, pieces, head);
-                counts.direct(len);
-            }
-            Verdict::Bounce(reason) => {
-                let padded = len.max(xsk.rules.tx_frame_min);
-                let frames = padded.div_ceil(PIECE_BYTES_MAX) as usize;
-                if !flight.has_room(xsk, frames) || flight.slab.available() < frames {
-                    return false;
-                }
-                let memory = self.vring.queue.memory();
-                take_frames(&mut flight.slab, padded, &mut self.copy);
-                gather(memory, pieces, &self.copy, counts);
-                // Padding is for the shortest frames: those have one piece.
-                memory.zero(self.copy[0].addr.plus(u64::from(len)), padded - len);
-                flight.send_copy(xsk, &self.copy);
-                counts.bounced(len, reason);
-                self.vring.queue.push_used(head, 0);
-            }
+            flight.send(xsk, pieces, taken.head);
+            counts.direct(len);
+            return Some(1);
+        };
+        let memory = self.vring.queue.memory();
+        if !flight.take_copy(xsk, memory, len, &mut self.copy) {
+            return None;
         }
-        true
+        gather(memory, pieces, self.copy.iter().copied(), counts);
+        flight.send_copy(xsk, &self.copy);
+        counts.bounced(len, reason);
+        self.vring.queue.push_used(taken.head, 0);
+        Some(1)
     }
 }
 
@@ -324,32 +410,47 @@ pub(super) fn strip_header(chain: &mut [Segment], header_len: u32) -> &[Segment]
 }
 
 #[inline]
-fn judge(vring: &Vring, pieces: &[Segment], len: u32, xsk: &XskSocket, flight: &TxInFlight) -> Verdict {
+fn reason_to_drop(vring: &Vring, len: u32, frame_max: u32) -> Option<DropReason> {
+    if !vring.enabled {
+        Some(DropReason::Disabled)
+    } else if len < ETHERNET_HEADER_BYTES {
+        Some(DropReason::Runt)
+    } else if len > frame_max {
+        Some(DropReason::Oversize)
+    } else {
+        None
+    }
+}
+
+/// Why a frame of `len` bytes cannot go out as these pieces, behind `headers` pieces of ours, if it cannot.
+#[inline]
+fn reason_to_bounce(
+    vring: &Vring,
+    pieces: &[Segment],
+    headers: usize,
+    len: u32,
+    xsk: &XskSocket,
+    flight: &TxInFlight,
+) -> Option<BounceReason> {
     let rules = &xsk.rules;
     let scattered = |piece: &Segment| {
         let queue = &vring.queue;
         !rules.is_contiguous(queue.memory(), piece.addr, u64::from(piece.len), piece.addr, queue.region_hint())
     };
-    if !vring.enabled {
-        Verdict::Drop(DropReason::Disabled)
-    } else if len < ETHERNET_HEADER_BYTES {
-        Verdict::Drop(DropReason::Runt)
-    } else if len > rules.tx_frame_max {
-        Verdict::Drop(DropReason::Oversize)
-    } else if !rules.direct {
-        Verdict::Bounce(BounceReason::DriverUnproven)
+    if !rules.direct {
+        Some(BounceReason::DriverUnproven)
     } else if pieces.iter().any(|piece| piece.addr >= xsk.umem_end) {
-        Verdict::Bounce(BounceReason::Unregistered)
+        Some(BounceReason::Unregistered)
     } else if len < rules.tx_frame_min {
-        Verdict::Bounce(BounceReason::ShortFrame)
-    } else if pieces.len() > rules.tx_pieces_max {
-        Verdict::Bounce(BounceReason::TooManyPieces)
+        Some(BounceReason::ShortFrame)
+    } else if headers + pieces.len() > rules.tx_pieces_max {
+        Some(BounceReason::TooManyPieces)
     } else if pieces.iter().any(scattered) {
-        Verdict::Bounce(BounceReason::NotContiguous)
+        Some(BounceReason::NotContiguous)
     } else if pieces.iter().any(|piece| flight.is_ambiguous(piece)) {
-        Verdict::Bounce(BounceReason::AddressAlias)
+        Some(BounceReason::AddressAlias)
     } else {
-        Verdict::Direct
+        None
     }
 }
 
@@ -380,8 +481,8 @@ fn take_frames(slab: &mut Slab, len: u32, into: &mut Vec<Segment>) {
 }
 
 /// Copies the pieces of a frame into slab frames.
-fn gather(memory: &GuestMemory, pieces: &[Segment], frames: &[Segment], counts: &mut Counts) {
-    let mut frames = frames.iter().copied();
+#[inline]
+fn gather(memory: &GuestMemory, pieces: &[Segment], mut frames: impl Iterator<Item = Segment>, counts: &mut Counts) {
     let mut to = Segment::default();
     for piece in pieces {
         let mut from = *piece;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::error::{Error, QueueFault};
 use crate::fd::EventFd;
 use crate::guest_memory::GuestMemory;
+use crate::offload::headers::Offloads;
 use crate::virtqueue::{InflightRecord, QueueConfig, SplitQueue, Taken, WriteLog};
 
 const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
@@ -61,6 +62,8 @@ pub(super) struct Vring {
     /// virtio_net_hdr in front of each frame, in bytes (VIRTIO 1.3 §5.1.6).
     pub header_len: u32,
     pub mergeable: bool,
+    /// What frames from the guest may ask for.
+    pub offloads: Offloads,
     /// Heads that were in flight when an earlier back-end ended.
     pub resumed: usize,
 }
@@ -81,6 +84,7 @@ impl Vring {
             err: config.err,
             header_len: header_len(config.features),
             mergeable,
+            offloads: Offloads::of_features(config.features),
             resumed,
         })
     }

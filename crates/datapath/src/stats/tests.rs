@@ -1,11 +1,11 @@
 use proptest::prelude::*;
 
-use super::{BOUNCE, BounceReason, Counts, DROP, DropReason, Published, WORDS};
+use super::{BOUNCE, BounceReason, Counts, DROP, DropReason, OFFLOAD, Offload, Published, WORDS};
 use crate::fixture::cases;
 
 /// Each variant's name, by the enum's own order.
 macro_rules! assert_names {
-    ($name:ident { $($variant:ident: $text:literal,)* }) => {
+    ($name:ident { $($variant:ident: $text:literal),* $(,)? }) => {
         let variants = [$(($name::$variant, $text),)*];
         assert_eq!($name::NAMES.len(), variants.len());
         for (variant, text) in variants {
@@ -36,7 +36,10 @@ fn test_names_are_in_step_with_the_variants() {
         Disabled: "disabled",
         Runt: "runt",
         UnknownAnswer: "unknown_answer",
+        BadChecksumRequest: "bad_checksum_request",
+        BadSegmentRequest: "bad_segment_request",
     });
+    assert_names!(Offload { Checksum: "checksum", Tso4: "tso4", Tso6: "tso6", Uso: "uso" });
 }
 
 #[test]
@@ -47,27 +50,24 @@ fn test_each_frame_is_counted_once() {
     counts.dropped(DropReason::Runt);
     assert_eq!((counts.frames, counts.bytes, counts.direct, counts.copied_bytes), (2, 1574, 1, 0));
     assert_eq!(counts.bounced.iter().sum::<u64>(), 1);
+    counts.header_split(1514, 54);
+    assert_eq!((counts.frames, counts.bytes, counts.direct, counts.header_split), (3, 3088, 2, 1));
+    assert_eq!((counts.copied_bytes, counts.header_bytes), (54, 54));
     assert_eq!((counts.bounced[BounceReason::SplitBuffer as usize], counts.dropped[DropReason::Runt as usize]), (1, 1));
 }
 
 fn counts() -> impl Strategy<Value = Counts> {
     let small = || 0u64..1 << 60;
-    (
-        small(),
-        small(),
-        small(),
+    let plain = prop::array::uniform6(small());
+    let by_name = (
         prop::array::uniform::<_, BOUNCE>(small()),
         prop::array::uniform::<_, DROP>(small()),
-        small(),
-    )
-        .prop_map(|(frames, bytes, direct, bounced, dropped, copied_bytes)| Counts {
-            frames,
-            bytes,
-            direct,
-            bounced,
-            dropped,
-            copied_bytes,
-        })
+        prop::array::uniform::<_, OFFLOAD>(small()),
+    );
+    (plain, by_name).prop_map(|(plain, (bounced, dropped, offloaded))| {
+        let [frames, bytes, direct, header_split, copied_bytes, header_bytes] = plain;
+        Counts { frames, bytes, direct, header_split, bounced, dropped, offloaded, copied_bytes, header_bytes }
+    })
 }
 
 proptest! {

@@ -5,7 +5,7 @@ use crate::fixture::{Guest, cases};
 use crate::guest_memory::Segment;
 
 /// RFC 1071, word by word.
-fn reference(bytes: &[u8]) -> [u8; 2] {
+pub fn reference(bytes: &[u8]) -> [u8; 2] {
     let mut sum = 0u32;
     for pair in bytes.chunks(2) {
         sum += u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |&low| u32::from(low));

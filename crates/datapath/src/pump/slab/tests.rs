@@ -1,5 +1,3 @@
-use std::collections::HashSet;
-
 use super::{CHUNK_BYTES, SLAB_FRAMES, Slab, UmemAddr, UnknownAnswer, slab_bytes};
 
 fn take_all(slab: &mut Slab) -> Vec<UmemAddr> {
@@ -9,13 +7,24 @@ fn take_all(slab: &mut Slab) -> Vec<UmemAddr> {
 #[test]
 fn test_slabs_of_all_pairs_are_disjoint_and_fill_the_front_slab_behind_chunk_0() {
     let pairs = 3;
-    let mut slabs: Vec<_> = (0..pairs).flat_map(|pair| [Slab::new(pair, 0), Slab::new(pair, 1)]).collect();
-    let frames: HashSet<u64> = slabs.iter_mut().flat_map(take_all).map(|frame| frame.0).collect();
-    let expected: HashSet<u64> = (1..slab_bytes(pairs) / CHUNK_BYTES).map(|chunk| chunk * CHUNK_BYTES).collect();
-    assert_eq!(frames, expected);
+    let of_pair = |pair| [Slab::new(pair, 0), Slab::new(pair, 1), Slab::of_headers(pair)];
+    let mut slabs: Vec<_> = (0..pairs).flat_map(of_pair).collect();
+    let taken: Vec<Vec<UmemAddr>> = slabs.iter_mut().map(take_all).collect();
+    let mut ranges: Vec<(u64, u64)> = slabs
+        .iter()
+        .zip(&taken)
+        .flat_map(|(slab, frames)| frames.iter().map(|f| (f.0, f.0 + slab.frame_bytes)))
+        .collect();
+    ranges.sort_unstable();
+    assert!(ranges.windows(2).all(|pair| pair[0].1 == pair[1].0), "no frame overlaps another, and no room is left");
+    assert_eq!((ranges[0].0, ranges[ranges.len() - 1].1), (CHUNK_BYTES, slab_bytes(pairs)));
     for (number, slab) in slabs.iter().enumerate() {
-        let owned = frames.iter().filter(|&&frame| slab.owns(UmemAddr(frame)));
-        assert_eq!(owned.count(), SLAB_FRAMES, "slab {number} owns its own frames only");
+        for (other, frames) in taken.iter().enumerate() {
+            assert!(
+                frames.iter().all(|&frame| slab.owns(frame) == (number == other)),
+                "slab {number} owns its own only"
+            );
+        }
     }
 }
 

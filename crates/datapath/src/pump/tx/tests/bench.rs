@@ -10,7 +10,6 @@ use mpassthru_testing::memory::GuestPhysAddr;
 
 use super::super::{Tx, TxInFlight};
 use crate::fixture::{Guest, VIRTIO_F_VERSION_1};
-use crate::pump::slab::Slab;
 use crate::pump::vring::Vring;
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::xsk::test_kernel::TestKernel;
@@ -54,6 +53,7 @@ pub struct Bench {
     guest: Guest,
     layout: RingLayout,
     mode: BindMode,
+    features: u64,
     slot_bytes: u64,
     pub driver: SplitDriver,
     pub tx: Tx,
@@ -67,6 +67,8 @@ pub struct Bench {
     next_frame: u64,
     /// Frames that were posted and have not been seen on the wire, by content.
     pub unsent: HashMap<Vec<u8>, u32>,
+    /// Frames may be sent again: a head was given back of which a part had left.
+    pub may_repeat: bool,
     /// Frames seen on the wire, and their bytes.
     pub sent: (u64, u64),
     pub used: u64,
@@ -79,22 +81,28 @@ impl Bench {
 
     /// For frames of up to `frame_max` bytes, each with its memory in a slot.
     pub fn for_frames(frame_max: u32, mode: BindMode, slot_bytes: u64) -> Self {
+        Self::with_features(VIRTIO_F_VERSION_1, frame_max, mode, slot_bytes)
+    }
+
+    /// The same, with a driver that has negotiated `features`.
+    pub fn with_features(features: u64, frame_max: u32, mode: BindMode, slot_bytes: u64) -> Self {
         let guest = Guest::of_pages((SLOTS_AT + slot_bytes * u64::from(QUEUE_SIZE)) / 4096);
         let shared: Vec<u8> = (0..SHARED_BYTES).map(|i| (i * i / 7 + i) as u8).collect();
         guest.vmm.write(GuestPhysAddr(SHARED_AT), &shared).unwrap();
         let layout = RingLayout::contiguous(GuestPhysAddr(0), QUEUE_SIZE);
         let mut driver = SplitDriver::new(&guest.vmm, layout, false).unwrap();
         driver.use_indirect_tables(TABLES).unwrap();
-        let config = guest.vring_config(&layout, VIRTIO_F_VERSION_1);
+        let config = guest.vring_config(&layout, features);
         let tx = Tx::new(Vring::new(guest.memory.clone(), config).unwrap());
         let umem = UmemLayout::for_frames(FRAME_MAX).unwrap();
         let (kernel, xsk) = TestKernel::bind_for(frame_max, &guest.memory, umem, mode);
-        let mut flight = TxInFlight::new(Slab::new(0, 1));
+        let mut flight = TxInFlight::new(0);
         flight.start(mode);
         Self {
             guest,
             layout,
             mode,
+            features,
             slot_bytes,
             driver,
             tx,
@@ -106,6 +114,7 @@ impl Bench {
             free_slots: (0..u64::from(QUEUE_SIZE)).map(|slot| SLOTS_AT + slot * slot_bytes).collect(),
             next_frame: 0,
             unsent: HashMap::new(),
+            may_repeat: false,
             sent: (0, 0),
             used: 0,
         }
@@ -141,6 +150,35 @@ impl Bench {
         true
     }
 
+    /// Posts a header and a frame, cut into pieces of these lengths in turn, of which `segments` are to come; false if the
+    /// ring is full.
+    pub fn post_frame(&mut self, header: [u8; 10], frame: &[u8], cuts: &[usize], segments: &[Vec<u8>]) -> bool {
+        let Some(&slot) = self.free_slots.last() else { return false };
+        let bytes = [&header[..], &[0, 0], frame].concat();
+        let (mut rest, mut at, mut pieces) = (&bytes[..], slot + 1, Vec::new());
+        for &cut in cuts.iter().cycle() {
+            // The last piece that a table has room for takes all that is left.
+            let is_last = pieces.len() + 1 == usize::from(TABLES.entries);
+            let (piece, behind) = rest.split_at(if is_last { rest.len() } else { cut.min(rest.len()) });
+            pieces.push(Segment::readable(GuestPhysAddr(at), piece.len() as u32));
+            self.guest.vmm.write(GuestPhysAddr(at), piece).unwrap();
+            at += piece.len() as u64 + 1;
+            rest = behind;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        assert!(at <= slot + self.slot_bytes, "a frame fits a slot");
+        let Ok(head) = self.driver.add_indirect(&pieces) else { return false };
+        for segment in segments {
+            *self.unsent.entry(segment.clone()).or_default() += 1;
+        }
+        self.free_slots.pop();
+        self.posted.insert(head, (slot, pieces));
+        self.driver.publish();
+        true
+    }
+
     fn read(&self, pieces: &[Segment]) -> Vec<u8> {
         let mut bytes = Vec::new();
         for piece in pieces {
@@ -168,8 +206,9 @@ impl Bench {
         let frame = self.kernel.complete(index);
         self.sent.0 += 1;
         self.sent.1 += frame.len() as u64;
-        let left = self.unsent.get_mut(&frame).filter(|left| **left > 0);
-        *left.unwrap_or_else(|| panic!("a frame was sent that the guest did not post: {frame:02x?}")) -= 1;
+        let left = self.unsent.get_mut(&frame).filter(|left| **left > 0 || self.may_repeat);
+        let left = left.unwrap_or_else(|| panic!("a frame was sent that the guest did not post: {frame:02x?}"));
+        *left = left.saturating_sub(1);
     }
 
     /// The driver takes what was used and overwrites its memory.
@@ -177,8 +216,10 @@ impl Bench {
         while let Some(used) = self.driver.pop_used() {
             let used = used.unwrap();
             assert_eq!(used.len, 0, "the device writes nothing on tx");
-            let (slot, _) = self.posted.remove(&used.head).unwrap();
-            self.guest.vmm.write(GuestPhysAddr(slot), &vec![0xee; self.slot_bytes as usize]).unwrap();
+            let (slot, pieces) = self.posted.remove(&used.head).unwrap();
+            for piece in pieces.iter().filter(|piece| piece.address.0 >= SLOTS_AT) {
+                self.guest.vmm.write(piece.address, &vec![0xee; piece.len as usize]).unwrap();
+            }
             self.free_slots.push(slot);
             self.driver.release(used.head);
             self.used += 1;
@@ -221,6 +262,8 @@ impl Bench {
     pub fn restart(&mut self) {
         let (kernel, xsk) = TestKernel::bind_for(self.xsk.frame_max, &self.guest.memory, self.xsk.layout, self.mode);
         (self.kernel, self.xsk) = (kernel, xsk);
+        self.may_repeat |= self.tx.holds();
+        self.tx.withdraw(&mut self.flight);
         self.flight.abandon(|head| self.tx.vring.queue.push_used(head, 0));
         self.tx.vring.flush();
         self.flight.start(self.mode);
@@ -230,7 +273,7 @@ impl Bench {
         let settled = self.driver.settle(self.tx.vring.queue.next_avail()).unwrap();
         assert_eq!((settled.never_returned, settled.returned_twice), (0, 0));
         assert_eq!(settled.given_back, self.driver.outstanding());
-        let mut config = self.guest.vring_config(&self.layout, VIRTIO_F_VERSION_1);
+        let mut config = self.guest.vring_config(&self.layout, self.features);
         config.queue.base = self.tx.vring.queue.next_avail();
         config.enabled = self.tx.vring.enabled;
         self.tx = Tx::new(Vring::new(self.guest.memory.clone(), config).unwrap());

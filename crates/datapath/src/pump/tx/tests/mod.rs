@@ -3,5 +3,6 @@
 mod bench;
 mod bursts;
 mod completions;
+mod offload;
 mod verdicts;
 mod wakeups;
