@@ -35,8 +35,15 @@ pub(super) const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 /// A guest buffer in the fill ring.
 #[derive(Debug, Clone, Copy, Default)]
 struct Posted {
-    taken: Taken,
+    position: u64,
     header: UmemAddr,
+    head: u16,
+}
+
+impl Posted {
+    fn taken(&self) -> Taken {
+        Taken { head: self.head, position: self.position }
+    }
 }
 
 /// A head that a slab frame will be copied to.
@@ -134,11 +141,7 @@ impl Rx {
     fn deliver_in_place(&mut self, desc: RxDesc, posted: Posted, xsk: &mut XskSocket, counts: &mut Counts) {
         if !self.vring.enabled {
             counts.dropped(DropReason::Disabled);
-            if self.vring.queue.is_logged() {
-                self.log_posted(desc.fill, posted.header);
-            }
-            self.posted.insert(desc.fill, posted);
-            fill(xsk, desc.fill);
+            self.post_again(desc.fill, posted, xsk);
             return;
         }
         let memory = self.vring.queue.memory();
@@ -152,11 +155,25 @@ impl Rx {
             counts.bounced(desc.len, BounceReason::Shifted);
         }
         let header_len = self.vring.header_len;
-        memory.write(posted.header, &HEADER[..header_len as usize]);
+        match header_len {
+            // Of a length that the compiler knows, a write is two stores.
+            12 => memory.write(posted.header, &HEADER[..12]),
+            _ => memory.write(posted.header, &HEADER[..header_len as usize]),
+        }
         if self.vring.queue.is_logged() {
             self.log_posted(desc.fill, posted.header);
         }
-        self.vring.queue.push_used(posted.taken.head, header_len + desc.len);
+        self.vring.queue.push_used(posted.head, header_len + desc.len);
+    }
+
+    /// Posts a buffer again whose frame nobody gets.
+    #[cold]
+    fn post_again(&mut self, entry: UmemAddr, posted: Posted, xsk: &mut XskSocket) {
+        if self.vring.queue.is_logged() {
+            self.log_posted(entry, posted.header);
+        }
+        self.posted.insert(entry, posted);
+        fill(xsk, entry);
     }
 
     /// A frame in the slab: copied to as many waiting heads as it needs.
@@ -206,23 +223,33 @@ impl Rx {
 
     /// Takes fresh heads from the guest and posts them, or slab frames in their stead. Returns their number.
     fn refill(&mut self, xsk: &mut XskSocket, slab: &mut Slab) -> Result<u32, QueueFault> {
-        self.socket = Some((xsk.layout, xsk.rules));
-        let available = self.vring.queue.available()?;
+        let available = self.vring.queue.available()?.min(REFILL_BURST);
+        if available > 0 {
+            self.socket = Some((xsk.layout, xsk.rules));
+        }
+        let plain_min = self.plain_buffer_min(&xsk.rules);
         let mut count = 0;
-        for _ in 0..available.min(REFILL_BURST) {
-            if self.posted.len() + slab.used() >= RX_RING_DESCS as usize
-                || self.posted.len() + self.waiting.len() >= RX_RING_DESCS as usize
-            {
-                break;
-            }
-            self.chain.clear();
-            let taken = self.vring.queue.take(Direction::DeviceWrites, &mut self.chain)?;
-            match self.fit(xsk) {
-                Fit::Direct { header, frame } => {
-                    let entry = xsk.layout.fill_address(frame);
-                    self.posted.insert(entry, Posted { taken, header });
-                    fill(xsk, entry);
+        // Each head is posted or waits.
+        let room = RX_RING_DESCS as usize - self.posted.len() - self.waiting.len().max(slab.used());
+        for _ in 0..usize::from(available).min(room) {
+            let taken = match self.vring.queue.take_single(Direction::DeviceWrites)? {
+                Some((taken, buffer)) => {
+                    if let Some(frame) = self.plain(xsk, buffer, plain_min) {
+                        self.post(xsk, taken, buffer.addr, frame);
+                        count += 1;
+                        continue;
+                    }
+                    self.chain.clear();
+                    self.chain.push(buffer);
+                    taken
                 }
+                None => {
+                    self.chain.clear();
+                    self.vring.queue.take(Direction::DeviceWrites, &mut self.chain)?
+                }
+            };
+            match self.fit(xsk) {
+                Fit::Direct { header, frame } => self.post(xsk, taken, header, frame),
                 Fit::Bounce(reason) if self.waiting_segments.len() + self.chain.len() <= WAITING_SEGMENTS_MAX => {
                     self.wait(taken, reason);
                 }
@@ -236,6 +263,36 @@ impl Rx {
         }
         self.post_slab_frames(xsk, slab);
         Ok(count)
+    }
+
+    #[inline]
+    fn post(&mut self, xsk: &mut XskSocket, taken: Taken, header: UmemAddr, frame: UmemAddr) {
+        let entry = xsk.layout.fill_address(frame);
+        self.posted.insert(entry, Posted { position: taken.position, header, head: taken.head });
+        fill(xsk, entry);
+    }
+
+    /// Length from which on a buffer in one piece takes every frame, wherever it starts: in most queues all do.
+    fn plain_buffer_min(&self, rules: &DriverRules) -> u32 {
+        let header_len = self.vring.header_len;
+        if !rules.direct || rules.rx_write_before > header_len {
+            return u32::MAX;
+        }
+        header_len.saturating_add(rules.rx_write_max).saturating_add(rules.rx_write_align - 1)
+    }
+
+    /// Where a frame goes in a buffer that takes it for certain; [`fit`](Self::fit) knows more about others.
+    #[inline]
+    fn plain(&self, xsk: &XskSocket, buffer: Segment, plain_min: u32) -> Option<UmemAddr> {
+        let frame = buffer.addr.plus(u64::from(self.vring.header_len));
+        (buffer.len >= plain_min && frame < xsk.umem_end && self.is_contiguous(xsk, frame)).then_some(frame)
+    }
+
+    /// Whether the device sees one range in what a fill entry for `frame` claims.
+    #[inline]
+    fn is_contiguous(&self, xsk: &XskSocket, frame: UmemAddr) -> bool {
+        let (queue, entry) = (&self.vring.queue, xsk.layout.fill_address(frame));
+        xsk.rules.is_contiguous(queue.memory(), entry, CHUNK_BYTES, frame, queue.region_hint())
     }
 
     /// Decides whether a frame can land in the guest's own memory (kernel-facts, section 10).
@@ -279,9 +336,7 @@ impl Rx {
         if !rules.write_stays_inside(frame, room) {
             return Err(BounceReason::ShortBuffer);
         }
-        let fill = xsk.layout.fill_address(frame);
-        let queue = &self.vring.queue;
-        if !rules.is_contiguous(queue.memory(), fill, CHUNK_BYTES, frame, queue.region_hint()) {
+        if !self.is_contiguous(xsk, frame) {
             return Err(BounceReason::NotContiguous);
         }
         Ok(())
@@ -332,7 +387,7 @@ impl Rx {
             // anybody check that memory is the same at both ends of a migration.
             self.posted.entries().for_each(|(fill, posted)| self.log_posted(fill, posted.header));
         }
-        let mut heads: Vec<_> = self.posted.values().map(|posted| posted.taken).collect();
+        let mut heads: Vec<_> = self.posted.values().map(|posted| posted.taken()).collect();
         heads.extend(self.waiting.iter().map(|waiting| waiting.taken));
         self.posted.clear();
         self.waiting.clear();

@@ -44,7 +44,7 @@ pub(super) fn single(
     memory.translate(first.addr, first.len, hint).filter(|segment| segment.len == first.len && segment.len > 0)
 }
 
-/// Appends the segments of the chain that starts at `head` with the descriptor `first` to `segments`, in chain order; empty ones are left out.
+/// Appends the segments of the chain that starts at `head` to `segments`, in chain order; empty ones are left out.
 ///
 /// A buffer that spans two regions becomes two segments. `hint` speeds translation up, see [`GuestMemory::translate`].
 ///
@@ -54,14 +54,13 @@ pub(super) fn walk(
     memory: &GuestMemory,
     queue: Table,
     head: u16,
-    first: Descriptor,
     direction: Direction,
     hint: &mut usize,
     segments: &mut Vec<Segment>,
 ) -> Result<(), QueueFault> {
     let mut table = queue;
     let mut in_indirect = false;
-    let mut desc = first;
+    let mut desc = table.read(memory, head);
     for _ in 0..CHAIN_DESCS_MAX {
         if desc.is_indirect() {
             if in_indirect || desc.has_next() {

@@ -271,7 +271,6 @@ impl SplitQueue {
     ///
     /// # Errors
     /// [`QueueFault::HeadOutOfRange`], or a broken chain; then nothing is taken, and `segments` may hold a part of it.
-    #[inline(always)]
     pub fn take(&mut self, direction: Direction, segments: &mut Vec<Segment>) -> Result<Taken, QueueFault> {
         let taken = self.take_head()?;
         if let Err(fault) = self.walk(taken.head, direction, segments) {
@@ -281,26 +280,49 @@ impl SplitQueue {
         Ok(taken)
     }
 
-    /// Takes the next head, whatever its chain.
+    /// Takes the next head if its chain is one segment, as most are; `None` if it is not, and then nothing is taken.
+    /// [`available`](Self::available) said that there is one.
     ///
     /// # Errors
     /// [`QueueFault::HeadOutOfRange`].
     #[inline(always)]
+    pub fn take_single(&mut self, direction: Direction) -> Result<Option<(Taken, Segment)>, QueueFault> {
+        if !self.again.is_empty() {
+            return Ok(None);
+        }
+        let head = self.next_head()?;
+        let first = Descriptor::from_words(self.descs.read(head));
+        Ok(chain::single(&self.memory, &first, direction, &mut self.region_hint)
+            .map(|segment| (self.take_from_ring(head), segment)))
+    }
+
+    /// Takes the next head, whatever its chain.
+    ///
+    /// # Errors
+    /// [`QueueFault::HeadOutOfRange`].
     pub(crate) fn take_head(&mut self) -> Result<Taken, QueueFault> {
         if !self.again.is_empty() {
             return Ok(self.take_again());
         }
+        self.next_head().map(|head| self.take_from_ring(head))
+    }
+
+    /// The head that is next in the avail ring.
+    #[inline(always)]
+    fn next_head(&self) -> Result<u16, QueueFault> {
         debug_assert_ne!(self.next_avail(), self.avail_idx, "a head is taken only if one is available");
         let head = self.avail_entry(self.next_avail());
-        if head >= self.size {
-            return Err(QueueFault::HeadOutOfRange { head, size: self.size });
-        }
+        if head < self.size { Ok(head) } else { Err(QueueFault::HeadOutOfRange { head, size: self.size }) }
+    }
+
+    #[inline(always)]
+    fn take_from_ring(&mut self, head: u16) -> Taken {
         let taken = Taken { head, position: self.position };
         self.position += 1;
         if let Some(record) = &mut self.record {
             record.taken(head);
         }
-        Ok(taken)
+        taken
     }
 
     #[cold]
@@ -336,7 +358,6 @@ impl SplitQueue {
     ///
     /// # Errors
     /// A broken chain.
-    #[inline(always)]
     pub(crate) fn walk(
         &mut self,
         head: u16,
@@ -344,15 +365,7 @@ impl SplitQueue {
         segments: &mut Vec<Segment>,
     ) -> Result<(), QueueFault> {
         let table = Table { start: self.desc, size: u32::from(self.size) };
-        let first = Descriptor::from_words(self.descs.read(head));
-        let hint = &mut self.region_hint;
-        match chain::single(&self.memory, &first, direction, hint) {
-            Some(segment) if segments.len() < segments.capacity() => {
-                segments.push(segment);
-                Ok(())
-            }
-            _ => chain::walk(&self.memory, table, head, first, direction, hint, segments),
-        }
+        chain::walk(&self.memory, table, head, direction, &mut self.region_hint, segments)
     }
 
     /// Writes a used entry; the driver sees it after [`publish_used`](Self::publish_used).
