@@ -201,21 +201,34 @@ impl GuestMemory {
     /// `hint` is the region found last; buffers of one queue mostly share one.
     #[inline]
     pub fn translate(&self, addr: GuestPhysAddr, len: u32, hint: &mut usize) -> Option<Segment> {
-        let index = match self.regions.get(*hint) {
-            Some(region) if addr.0.wrapping_sub(region.guest_phys.0) < region.size_bytes => *hint,
-            _ => self.find(addr)?,
-        };
-        *hint = index;
-        let region = &self.regions[index];
-        let offset = addr.0 - region.guest_phys.0;
+        let (region, offset) = self.region_of(addr, hint)?;
         let room = region.size_bytes - offset;
         Some(Segment { addr: region.umem.plus(offset), len: u64::from(len).min(room) as u32 })
     }
 
+    /// As [`translate`](Self::translate), if all of the range lies in one region.
+    #[inline]
+    pub fn translate_whole(&self, addr: GuestPhysAddr, len: u32, hint: &mut usize) -> Option<Segment> {
+        let (region, offset) = self.region_of(addr, hint)?;
+        (u64::from(len) <= region.size_bytes - offset).then(|| Segment { addr: region.umem.plus(offset), len })
+    }
+
+    /// The region that an address lies in, and how far from its start.
+    #[inline]
+    fn region_of(&self, addr: GuestPhysAddr, hint: &mut usize) -> Option<(&Region, u64)> {
+        let region = match self.regions.get(*hint) {
+            Some(region) if addr.0.wrapping_sub(region.guest_phys.0) < region.size_bytes => region,
+            _ => self.find(addr, hint)?,
+        };
+        Some((region, addr.0 - region.guest_phys.0))
+    }
+
     #[cold]
-    fn find(&self, addr: GuestPhysAddr) -> Option<usize> {
-        let index = self.regions.partition_point(|r| r.guest_phys <= addr).checked_sub(1)?;
-        (addr.0 - self.regions[index].guest_phys.0 < self.regions[index].size_bytes).then_some(index)
+    fn find(&self, addr: GuestPhysAddr, hint: &mut usize) -> Option<&Region> {
+        let index = self.regions.partition_point(|region| region.guest_phys <= addr).checked_sub(1)?;
+        let region = &self.regions[index];
+        *hint = index;
+        (addr.0 - region.guest_phys.0 < region.size_bytes).then_some(region)
     }
 
     /// Where a range of the front-end's addresses lies in the UMEM; all of it must be in one region.
@@ -273,6 +286,14 @@ impl GuestMemory {
         self.check(addr, bytes.len() as u64);
         // SAFETY: both ranges are valid for their length (checked above); `bytes` is ours and does not overlap.
         unsafe { libc::memcpy(bytes.as_mut_ptr().cast(), self.ptr(addr).cast(), bytes.len()) };
+    }
+
+    /// Copies `N` bytes into memory at `addr`: a store or a few, where [`write`](Self::write) is a call.
+    #[inline]
+    pub(crate) fn write_array<const N: usize>(&self, addr: UmemAddr, bytes: [u8; N]) {
+        self.check(addr, N as u64);
+        // SAFETY: the range is valid for its length (checked above), and any address will do.
+        unsafe { self.ptr(addr).cast::<[u8; N]>().write_unaligned(bytes) };
     }
 
     /// Copies `len` bytes from `from` to `to`; the ranges may overlap.

@@ -30,6 +30,8 @@ const WAITING_SEGMENTS_MAX: usize = 4 * RX_RING_DESCS as usize;
 /// virtio_net_hdr_v1_hash with num_buffers = 1. No checksum or segmentation was negotiated and no hash is reported
 /// (VIRTIO_NET_HASH_REPORT_NONE), so all else is 0.
 const HEADER: [u8; HEADER_BYTES_MAX] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+/// Its part without hash report: what most guests have.
+const HEADER_12: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 pub(super) const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 
 /// A guest buffer in the fill ring.
@@ -130,7 +132,7 @@ impl Rx {
             slab.give_back(desc.fill)?;
             self.deliver_copy(desc, counts);
         } else {
-            let posted = self.posted.remove(desc.fill).ok_or(UnknownAnswer(desc.fill))?;
+            let Some(posted) = self.posted.remove(desc.fill) else { return Err(UnknownAnswer(desc.fill)) };
             self.deliver_in_place(desc, posted, xsk, counts);
         }
         Ok(())
@@ -156,8 +158,7 @@ impl Rx {
         }
         let header_len = self.vring.header_len;
         match header_len {
-            // Of a length that the compiler knows, a write is two stores.
-            12 => memory.write(posted.header, &HEADER[..12]),
+            12 => memory.write_array(posted.header, HEADER_12),
             _ => memory.write(posted.header, &HEADER[..header_len as usize]),
         }
         if self.vring.queue.is_logged() {

@@ -38,10 +38,8 @@ pub(super) fn single(
     direction: Direction,
     hint: &mut usize,
 ) -> Option<Segment> {
-    if !first.is_alone(direction) {
-        return None;
-    }
-    memory.translate(first.addr, first.len, hint).filter(|segment| segment.len == first.len && segment.len > 0)
+    let is_single = first.is_alone(direction) && first.len > 0;
+    is_single.then(|| memory.translate_whole(first.addr, first.len, hint)).flatten()
 }
 
 /// Appends the segments of the chain that starts at `head` to `segments`, in chain order; empty ones are left out.
@@ -120,7 +118,7 @@ fn indirect_table(
 ) -> Result<Table, QueueFault> {
     let size = desc.len / DESCRIPTOR_BYTES as u32;
     let whole = u64::from(desc.len).is_multiple_of(DESCRIPTOR_BYTES) && size > 0 && size <= queue.size;
-    let segment = memory.translate(desc.addr, desc.len, hint).filter(|segment| whole && segment.len == desc.len);
+    let segment = memory.translate_whole(desc.addr, desc.len, hint).filter(|_| whole);
     segment.map(|segment| Table { start: segment.addr, size }).ok_or_else(|| bad_table(head, desc))
 }
 
