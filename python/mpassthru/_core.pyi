@@ -314,6 +314,8 @@ class GuestRing:
     """One virtqueue of the built-in guest, field by field and without any check: for tests that misbehave.
 
     Slots and indices are taken modulo the ring's size; flags are VIRTQ_DESC_F_* and so on (VIRTIO 1.3 section 2.7).
+    Those of a packed virtqueue (section 2.8) are reached by `packed_descriptor` and `set_packed_descriptor` alone: what
+    belongs to the other layout raises RefusedError.
     """
 
     @property
@@ -355,6 +357,10 @@ class GuestRing:
     def used_flags(self) -> int: ...
     @property
     def avail_event(self) -> int: ...
+    def set_packed_descriptor(self, slot: int, *, address: int, length: int, id: int, flags: int = 0) -> None:
+        """Write a descriptor of a packed virtqueue, its flags last."""
+    def packed_descriptor(self, slot: int) -> tuple[int, int, int, int]:
+        """Address, length, buffer id and flags."""
     def take_calls(self) -> int:
         """Call notifications since last taken. A running queue pair that sleeps takes them itself."""
     def take_errors(self) -> int:

@@ -5,7 +5,7 @@ mod wire;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
-use mpassthru_testing::driver::{Descriptor, RawRing};
+use mpassthru_testing::driver::{Descriptor, PackedDescriptor, RawPackedRing, RawRing, RingLayout};
 use mpassthru_testing::guest::{self, Guest, GuestConfig, Payload, RxRole, SourceConfig};
 use mpassthru_testing::memory::{Backing, GuestPhysAddr, RegionConfig};
 use mpassthru_testing::pattern::{CheckCounts, Stream};
@@ -168,8 +168,8 @@ impl GuestDriver {
     }
 
     fn ring(&self, index: usize) -> PyResult<GuestRing> {
-        let ring = self.0.ring(index).map_err(to_python)?.clone();
-        Ok(GuestRing { guest: Arc::clone(&self.0), ring, index })
+        let layout = *self.0.layout(index).map_err(to_python)?;
+        Ok(GuestRing { guest: Arc::clone(&self.0), layout, index })
     }
 
     #[pyo3(signature = (queue_pair, *, rx, source = None, polling = None))]
@@ -199,7 +199,7 @@ impl GuestDriver {
         py.detach(|| self.0.park()).map_err(to_python)
     }
 
-    fn settle(&self, py: Python<'_>, bases: Vec<u16>) -> PyResult<()> {
+    fn settle(&self, py: Python<'_>, bases: Vec<u32>) -> PyResult<()> {
         py.detach(|| self.0.settle(&bases)).map_err(to_python)
     }
 
@@ -273,7 +273,7 @@ fn set_check_counts(values: &Bound<'_, PyDict>, counts: CheckCounts) -> PyResult
 #[pyclass(frozen, module = "mpassthru._core")]
 struct GuestRing {
     guest: Arc<Guest>,
-    ring: RawRing,
+    layout: RingLayout,
     index: usize,
 }
 
@@ -286,22 +286,22 @@ impl GuestRing {
 
     #[getter]
     fn size(&self) -> u16 {
-        self.ring.layout().size
+        self.layout.size
     }
 
     #[getter]
     fn desc_address(&self) -> u64 {
-        self.ring.layout().desc.0
+        self.layout.desc.0
     }
 
     #[getter]
     fn avail_address(&self) -> u64 {
-        self.ring.layout().avail.0
+        self.layout.avail.0
     }
 
     #[getter]
     fn used_address(&self) -> u64 {
-        self.ring.layout().used.0
+        self.layout.used.0
     }
 
     fn user_address(&self, guest_phys_address: u64) -> PyResult<u64> {
@@ -329,8 +329,9 @@ impl GuestRing {
     }
 
     #[pyo3(signature = (index, *, address, length, flags = 0, next = 0))]
-    fn set_descriptor(&self, index: u16, address: u64, length: u32, flags: u16, next: u16) {
-        self.ring.set_descriptor(index, Descriptor { address, len: length, flags, next });
+    fn set_descriptor(&self, index: u16, address: u64, length: u32, flags: u16, next: u16) -> PyResult<()> {
+        self.split()?.set_descriptor(index, Descriptor { address, len: length, flags, next });
+        Ok(())
     }
 
     #[pyo3(signature = (table_address, index, *, address, length, flags = 0, next = 0))]
@@ -344,53 +345,69 @@ impl GuestRing {
         next: u16,
     ) -> PyResult<()> {
         let descriptor = Descriptor { address, len: length, flags, next };
-        self.ring.set_indirect(GuestPhysAddr(table_address), index, descriptor).map_err(to_python)
+        self.split()?.set_indirect(GuestPhysAddr(table_address), index, descriptor).map_err(to_python)
     }
 
-    fn descriptor(&self, index: u16) -> (u64, u32, u16, u16) {
-        let Descriptor { address, len, flags, next } = self.ring.descriptor(index);
-        (address, len, flags, next)
+    fn descriptor(&self, index: u16) -> PyResult<(u64, u32, u16, u16)> {
+        let Descriptor { address, len, flags, next } = self.split()?.descriptor(index);
+        Ok((address, len, flags, next))
     }
 
-    fn set_avail_entry(&self, slot: u16, head: u16) {
-        self.ring.set_avail_entry(slot, head);
-    }
-
-    #[getter]
-    fn avail_idx(&self) -> u16 {
-        self.ring.avail_idx()
-    }
-
-    fn set_avail_idx(&self, index: u16) {
-        self.ring.set_avail_idx(index);
-    }
-
-    fn set_avail_flags(&self, flags: u16) {
-        self.ring.set_avail_flags(flags);
-    }
-
-    fn set_used_event(&self, index: u16) {
-        self.ring.set_used_event(index);
+    fn set_avail_entry(&self, slot: u16, head: u16) -> PyResult<()> {
+        self.split()?.set_avail_entry(slot, head);
+        Ok(())
     }
 
     #[getter]
-    fn used_idx(&self) -> u16 {
-        self.ring.used_idx()
+    fn avail_idx(&self) -> PyResult<u16> {
+        Ok(self.split()?.avail_idx())
     }
 
-    fn used_entry(&self, slot: u16) -> (u32, u32) {
-        let entry = self.ring.used_entry(slot);
-        (entry.id, entry.len)
+    fn set_avail_idx(&self, index: u16) -> PyResult<()> {
+        self.split()?.set_avail_idx(index);
+        Ok(())
+    }
+
+    fn set_avail_flags(&self, flags: u16) -> PyResult<()> {
+        self.split()?.set_avail_flags(flags);
+        Ok(())
+    }
+
+    fn set_used_event(&self, index: u16) -> PyResult<()> {
+        self.split()?.set_used_event(index);
+        Ok(())
     }
 
     #[getter]
-    fn used_flags(&self) -> u16 {
-        self.ring.used_flags()
+    fn used_idx(&self) -> PyResult<u16> {
+        Ok(self.split()?.used_idx())
+    }
+
+    fn used_entry(&self, slot: u16) -> PyResult<(u32, u32)> {
+        let entry = self.split()?.used_entry(slot);
+        Ok((entry.id, entry.len))
     }
 
     #[getter]
-    fn avail_event(&self) -> u16 {
-        self.ring.avail_event()
+    fn used_flags(&self) -> PyResult<u16> {
+        Ok(self.split()?.used_flags())
+    }
+
+    #[getter]
+    fn avail_event(&self) -> PyResult<u16> {
+        Ok(self.split()?.avail_event())
+    }
+
+    #[pyo3(signature = (slot, *, address, length, id, flags = 0))]
+    fn set_packed_descriptor(&self, slot: u16, address: u64, length: u32, id: u16, flags: u16) -> PyResult<()> {
+        let slot = slot % self.layout.size;
+        self.packed()?.set_descriptor(slot, PackedDescriptor { address, len: length, id, flags });
+        Ok(())
+    }
+
+    fn packed_descriptor(&self, slot: u16) -> PyResult<(u64, u32, u16, u16)> {
+        let PackedDescriptor { address, len, id, flags } = self.packed()?.descriptor(slot % self.layout.size);
+        Ok((address, len, id, flags))
     }
 
     fn take_calls(&self) -> PyResult<u64> {
@@ -403,6 +420,14 @@ impl GuestRing {
 }
 
 impl GuestRing {
+    fn split(&self) -> PyResult<&RawRing> {
+        self.guest.ring(self.index).map_err(to_python)
+    }
+
+    fn packed(&self) -> PyResult<&RawPackedRing> {
+        self.guest.packed_ring(self.index).map_err(to_python)
+    }
+
     fn events(&self) -> PyResult<&guest::QueueEvents> {
         self.guest.events(self.index).map_err(to_python)
     }

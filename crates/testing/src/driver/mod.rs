@@ -1,8 +1,10 @@
-//! The driver side of split virtqueues (VIRTIO 1.3 section 2.7), usable without the rest of the built-in guest.
+//! The driver side of virtqueues, split (VIRTIO 1.3 section 2.7) and packed (2.8), usable without the rest of the
+//! built-in guest.
 //!
 //! [`RawRing`] gives bare access to every field and checks nothing: for hostile tests. [`SplitDriver`] is a
 //! well-behaved driver on top of it that remembers every head it posted, so that a device which uses one twice,
-//! invents one, or claims an impossible length is found out ([`Violation`]).
+//! invents one, or claims an impossible length is found out ([`Violation`]). [`RawPackedRing`] and [`PackedDriver`] are
+//! the same for packed virtqueues; [`QueueDriver`] is either.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -19,8 +21,14 @@
 //! # Ok::<(), mpassthru_testing::Error>(())
 //! ```
 
+mod packed;
+mod queue;
 mod raw;
+mod raw_packed;
 mod split;
 
+pub use packed::PackedDriver;
+pub use queue::QueueDriver;
 pub use raw::{Descriptor, RawRing, RingLayout, UsedEntry, flags};
+pub use raw_packed::{PackedDescriptor, RawPackedRing, packed_flags};
 pub use split::{IndirectTables, RingFull, Segment, Settlement, SplitDriver, Used, Violation};

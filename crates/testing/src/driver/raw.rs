@@ -90,7 +90,16 @@ impl RingLayout {
         Self { size, desc, avail, used }
     }
 
-    /// One past the last byte of the used ring.
+    /// The parts of a packed virtqueue: the descriptor ring in `desc`, and the event suppression structures of the driver
+    /// and the device, on a page of their own, in `avail` and `used`.
+    #[must_use]
+    pub fn packed(start: GuestPhysAddr, size: u16) -> Self {
+        let desc = start.align_up(DESCRIPTOR_BYTES);
+        let avail = desc.plus(DESCRIPTOR_BYTES * u64::from(size)).align_up(4096);
+        Self { size, desc, avail, used: avail.plus(4) }
+    }
+
+    /// One past the last byte of the used ring, which is longer than anything of a packed virtqueue.
     #[must_use]
     pub fn end(&self) -> GuestPhysAddr {
         self.used.plus(6 + USED_ENTRY_BYTES * u64::from(self.size))

@@ -91,8 +91,16 @@ impl IndirectTables {
         self.table(size)
     }
 
-    fn table(&self, head: u16) -> GuestPhysAddr {
+    pub(super) fn table(&self, head: u16) -> GuestPhysAddr {
         self.start.plus(16 * u64::from(self.entries) * u64::from(head))
+    }
+
+    pub(super) fn check(&self, memory: &GuestMemory, size: u16) -> Result<()> {
+        memory.locate(self.start, self.end(size).0 - self.start.0)?;
+        if !self.start.0.is_multiple_of(16) || self.entries == 0 {
+            return Err(Error::config(format!("indirect tables at {:#x}: misaligned or empty", self.start.0)));
+        }
+        Ok(())
     }
 }
 
@@ -176,11 +184,7 @@ impl SplitDriver {
     /// # Errors
     /// [`Error::Config`] if the tables are misaligned or outside guest memory.
     pub fn use_indirect_tables(&mut self, tables: IndirectTables) -> Result<()> {
-        let size = self.ring.layout().size;
-        self.ring.memory().locate(tables.start, tables.end(size).0 - tables.start.0)?;
-        if !tables.start.0.is_multiple_of(16) || tables.entries == 0 {
-            return Err(Error::config(format!("indirect tables at {:#x}: misaligned or empty", tables.start.0)));
-        }
+        tables.check(self.ring.memory(), self.ring.layout().size)?;
         self.indirect = Some(tables);
         Ok(())
     }

@@ -15,6 +15,7 @@ pub mod features {
     pub const VIRTIO_F_INDIRECT_DESC: u64 = 1 << 28;
     pub const VIRTIO_F_EVENT_IDX: u64 = 1 << 29;
     pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+    pub const VIRTIO_F_RING_PACKED: u64 = 1 << 34;
     pub const VIRTIO_NET_F_HASH_REPORT: u64 = 1 << 57;
 }
 
@@ -99,7 +100,7 @@ pub struct GuestConfig {
     pub ring_region: usize,
     /// Queue pairs, each with a thread of its own.
     pub queue_pairs: u16,
-    /// Descriptors of each ring, a power of two.
+    /// Descriptors of each ring: a power of two, but for packed ones.
     pub queue_size: u16,
     /// Negotiated feature bits.
     pub features: u64,
@@ -127,6 +128,12 @@ impl GuestConfig {
         }
     }
 
+    /// Whether virtqueues are packed.
+    #[must_use]
+    pub fn is_packed(&self) -> bool {
+        self.has(features::VIRTIO_F_RING_PACKED)
+    }
+
     pub(super) fn has(&self, feature: u64) -> bool {
         self.features & feature != 0
     }
@@ -140,8 +147,8 @@ impl GuestConfig {
                 )));
             }
         }
-        if self.queue_pairs == 0 || !self.queue_size.is_power_of_two() {
-            return Err(Error::config("a guest needs queue pairs, and a queue size that is a power of two"));
+        if self.queue_pairs == 0 || !(self.queue_size.is_power_of_two() || self.is_packed()) {
+            return Err(Error::config("a guest needs queue pairs, and a split queue a size that is a power of two"));
         }
         self.rx.check("rx", self.queue_size, self.header_bytes(), self.features)?;
         self.tx.check("tx", self.queue_size, self.header_bytes(), self.features)

@@ -4,7 +4,7 @@
 //! pair is then driven by a thread of its own, which can be started with other roles and parked at any time without
 //! the device noticing. All figures are read while threads run ([`Guest::counters`], [`Guest::violations`]).
 //!
-//! The invariant: a buffer is either in its [`SplitDriver`]'s hands or the device's, and every head that the device
+//! The invariant: a buffer is either in its [`QueueDriver`]'s hands or the device's, and every head that the device
 //! returns is checked against that.
 
 mod buffers;
@@ -17,7 +17,7 @@ mod tx;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use crate::driver::{IndirectTables, RawRing, RingLayout, SplitDriver};
+use crate::driver::{IndirectTables, QueueDriver, RawPackedRing, RawRing, RingLayout};
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, GuestPhysAddr};
 use crate::pattern::{CheckCounts, Checker};
@@ -40,8 +40,9 @@ struct QueuePlan {
 }
 
 impl QueuePlan {
-    fn driver(&self, memory: &Arc<GuestMemory>, config: &GuestConfig) -> Result<SplitDriver> {
-        let mut driver = SplitDriver::new(memory, self.ring, config.has(features::VIRTIO_F_EVENT_IDX))?;
+    fn driver(&self, memory: &Arc<GuestMemory>, config: &GuestConfig) -> Result<QueueDriver> {
+        let event_idx = config.has(features::VIRTIO_F_EVENT_IDX);
+        let mut driver = QueueDriver::new(memory, self.ring, event_idx, config.is_packed())?;
         if let Some(tables) = self.tables {
             driver.use_indirect_tables(tables)?;
         }
@@ -62,7 +63,9 @@ pub struct Guest {
     memory: Arc<GuestMemory>,
     /// rx of queue pair n is 2n, tx is 2n + 1.
     plans: Vec<QueuePlan>,
+    /// One of both for each virtqueue.
     rings: Vec<RawRing>,
+    packed_rings: Vec<RawPackedRing>,
     gaps: Gaps,
     shared: Vec<Arc<Shared>>,
     checker: Arc<Mutex<Checker>>,
@@ -79,7 +82,9 @@ impl Guest {
         config.check()?;
         let memory = Arc::new(GuestMemory::new(&config.regions)?);
         let plans = plan(&config, &memory)?;
-        let rings = plans.iter().map(|plan| RawRing::new(&memory, plan.ring)).collect::<Result<_>>()?;
+        let (split, packed) = if config.is_packed() { (&[][..], &plans[..]) } else { (&plans[..], &[][..]) };
+        let rings = split.iter().map(|plan| RawRing::new(&memory, plan.ring)).collect::<Result<_>>()?;
+        let packed_rings = packed.iter().map(|plan| RawPackedRing::new(&memory, plan.ring)).collect::<Result<_>>()?;
         let gaps = Gaps::around(&memory, taken(&plans))?;
         if config.canaries {
             gaps.fill()?;
@@ -88,7 +93,7 @@ impl Guest {
         let shared = (0..config.queue_pairs)
             .map(|_| Shared::new(Arc::clone(&checker)).map(Arc::new))
             .collect::<Result<Vec<_>>>()?;
-        let guest = Self { config, memory, plans, rings, gaps, shared, checker, slots: Mutex::default() };
+        let guest = Self { config, memory, plans, rings, packed_rings, gaps, shared, checker, slots: Mutex::default() };
         *lock(&guest.slots) = guest.fresh_slots()?;
         Ok(guest)
     }
@@ -118,12 +123,28 @@ impl Guest {
         &self.memory
     }
 
-    /// Bare access to virtqueue `index` (rx of queue pair n is 2n, tx is 2n + 1), for tests that misbehave on purpose.
+    /// Where virtqueue `index` lies (rx of queue pair n is 2n, tx is 2n + 1).
     ///
     /// # Errors
     /// [`Error::Config`] if there is no such virtqueue.
+    pub fn layout(&self, index: usize) -> Result<&RingLayout> {
+        self.plans.get(index).map(|plan| &plan.ring).ok_or_else(|| no_such_queue(index))
+    }
+
+    /// Bare access to a split virtqueue, for tests that misbehave on purpose.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if there is no such virtqueue, or it is packed.
     pub fn ring(&self, index: usize) -> Result<&RawRing> {
         self.rings.get(index).ok_or_else(|| no_such_queue(index))
+    }
+
+    /// Bare access to a packed virtqueue, for tests that misbehave on purpose.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if there is no such virtqueue, or it is split.
+    pub fn packed_ring(&self, index: usize) -> Result<&RawPackedRing> {
+        self.packed_rings.get(index).ok_or_else(|| no_such_queue(index))
     }
 
     /// The eventfds of virtqueue `index`.
@@ -180,7 +201,7 @@ impl Guest {
     ///
     /// # Errors
     /// As [`park`](Self::park); [`Error::Config`] if there are not two bases per queue pair.
-    pub fn settle(&self, bases: &[u16]) -> Result<()> {
+    pub fn settle(&self, bases: &[u32]) -> Result<()> {
         if bases.len() != self.plans.len() {
             return Err(Error::config(format!("{} ring bases for {} virtqueues", bases.len(), self.plans.len())));
         }
@@ -193,7 +214,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Starts over as a driver does after a device reset: rings cleared, ring bases 0, every rx buffer posted anew.
+    /// Starts over as a driver does after a device reset: rings cleared, ring bases at their start, every rx buffer posted anew.
     /// Counters go on; figures of the pattern check start over.
     ///
     /// # Errors
@@ -254,7 +275,7 @@ impl Drop for Guest {
 }
 
 fn no_such_queue(index: usize) -> Error {
-    Error::config(format!("there is no virtqueue {index}"))
+    Error::config(format!("there is no virtqueue {index} of this layout"))
 }
 
 /// Takes a queue pair out of its slot, off its thread if it is on one.
@@ -284,7 +305,9 @@ fn plan(config: &GuestConfig, memory: &Arc<GuestMemory>) -> Result<Vec<QueuePlan
     let mut plans = Vec::new();
     for index in 0..2 * config.queue_pairs {
         let cursor = &mut cursors[config.ring_region];
-        let ring = RingLayout::contiguous(cursor.align_up(PAGE_BYTES), size);
+        let start = cursor.align_up(PAGE_BYTES);
+        let ring =
+            if config.is_packed() { RingLayout::packed(start, size) } else { RingLayout::contiguous(start, size) };
         *cursor = ring.end();
         let layout = if index % 2 == 0 { &config.rx } else { &config.tx };
         let tables = layout.indirect.then(|| {

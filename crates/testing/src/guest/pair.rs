@@ -155,7 +155,7 @@ impl QueuePair {
     }
 
     /// Counts what a stopped device owes, given the bases at which it stopped (rx, tx).
-    pub fn settle(&mut self, bases: [u16; 2]) {
+    pub fn settle(&mut self, bases: [u32; 2]) {
         self.drain();
         for (driver, base) in [&self.rx.driver, &self.tx.driver].into_iter().zip(bases) {
             match driver.settle(base) {

@@ -3,7 +3,7 @@
 use super::buffers::Buffers;
 use super::config::{GuestConfig, HEADER_BYTES_MAX, features};
 use super::counters::{Counters, Violations};
-use crate::driver::{Segment, SplitDriver, Used, Violation};
+use crate::driver::{QueueDriver, Segment, Used, Violation};
 use crate::error::{Error, Result};
 
 const NO_BUFFER: u16 = u16::MAX;
@@ -40,7 +40,7 @@ pub(super) struct Frame {
 
 #[derive(Debug)]
 pub(super) struct RxQueue {
-    pub driver: SplitDriver,
+    pub driver: QueueDriver,
     buffers: Buffers,
     rules: HeaderRules,
     has_canaries: bool,
@@ -54,7 +54,7 @@ pub(super) struct RxQueue {
 
 impl RxQueue {
     /// Adds every buffer to the avail ring and publishes them.
-    pub fn new(mut driver: SplitDriver, buffers: Buffers, config: &GuestConfig) -> Result<Self> {
+    pub fn new(mut driver: QueueDriver, buffers: Buffers, config: &GuestConfig) -> Result<Self> {
         let count = usize::from(buffers.count());
         let mut buffer_of_head = vec![NO_BUFFER; usize::from(config.queue_size)];
         let mut head_of_buffer = vec![0; count];
@@ -193,7 +193,7 @@ impl RxQueue {
         }
     }
 
-    /// Posts a frame's buffers again; [`SplitDriver::publish`] is the caller's.
+    /// Posts a frame's buffers again; [`QueueDriver::publish`] is the caller's.
     pub fn give_back(&mut self, first_buffer: u16) {
         let mut next = first_buffer;
         while next != NO_BUFFER {

@@ -6,7 +6,7 @@ use super::buffers::Buffers;
 use super::config::{GuestConfig, Payload, SourceConfig};
 use super::counters::{Counters, Violations};
 use super::rx::{Frame, RxQueue};
-use crate::driver::{RingFull, Segment, SplitDriver, Used};
+use crate::driver::{QueueDriver, RingFull, Segment, Used};
 
 /// The longest chain an echo makes; longer frames are refused by the driver, as Linux does at MAX_SKB_FRAGS + 2.
 pub(super) const CHAIN_MAX: usize = 32;
@@ -77,7 +77,7 @@ impl Pacer {
 
 #[derive(Debug)]
 pub(super) struct TxQueue {
-    pub driver: SplitDriver,
+    pub driver: QueueDriver,
     slots: Buffers,
     free_slots: Vec<u16>,
     contents: Vec<Content>,
@@ -95,7 +95,7 @@ pub(super) struct TxQueue {
 }
 
 impl TxQueue {
-    pub fn new(driver: SplitDriver, slots: Buffers, config: &GuestConfig) -> Self {
+    pub fn new(driver: QueueDriver, slots: Buffers, config: &GuestConfig) -> Self {
         let size = usize::from(config.queue_size);
         Self {
             driver,
@@ -207,7 +207,7 @@ impl TxQueue {
     pub fn echo(&mut self, rx: &RxQueue, frame: Frame) -> Echo {
         self.segments.clear();
         rx.frame_segments(frame, &mut self.segments);
-        let ring_size = usize::from(self.driver.ring().layout().size);
+        let ring_size = usize::from(self.driver.layout().size);
         if self.segments.len() > CHAIN_MAX.min(ring_size) {
             return Echo::Refused;
         }
