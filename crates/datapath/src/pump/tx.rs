@@ -28,38 +28,44 @@ const PIECE_BYTES_MAX: u32 = CHUNK_BYTES as u32;
 /// Descriptors that the longest frame takes where it is copied; so many more pieces may one have by being cut.
 const LONG_PIECES_MAX: usize = LONG_FRAME_BYTES_MAX.div_ceil(PIECE_BYTES_MAX) as usize;
 
-/// Who is waiting for a frame to be sent.
+/// Who has the memory of a piece.
 #[derive(Debug, Clone, Copy)]
 enum Owner {
-    Guest {
-        head: u16,
-    },
-    Slab {
-        frame: UmemAddr,
-    },
-    /// The guest's, but its head is back in the avail ring.
-    Nobody,
+    /// A frame of the guest's that is this piece alone: its head.
+    Head(u16),
+    /// A frame of the guest's with more pieces: its record.
+    Record(u16),
+    /// Us: the piece is a slab frame.
+    Slab,
 }
 
+/// A frame of several pieces.
 #[derive(Debug, Clone, Copy)]
-struct Sent {
-    owner: Owner,
+struct Record {
+    /// `None` if it is back in the avail ring.
+    head: Option<u16>,
     pieces_left: u16,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Piece {
     addr: UmemAddr,
     len: u32,
-    sent: u16,
+    owner: Owner,
+}
+
+impl Default for Piece {
+    fn default() -> Self {
+        Self { addr: UmemAddr(0), len: 0, owner: Owner::Slab }
+    }
 }
 
 /// Frames in the kernel's hands: as long as a socket lives, whatever becomes of the virtqueue.
 #[derive(Debug)]
 pub(super) struct TxInFlight {
     pieces: InFlight<Piece, { 4 * COMPLETION_RING_DESCS as usize }>,
-    sent: Vec<Sent>,
-    free: Vec<u16>,
+    records: Vec<Record>,
+    free_records: Vec<u16>,
     slab: Slab,
     headers: Slab,
     /// Copy mode clears bit 0 of completed addresses (net/xdp/xsk.c keeps `address | 1` in the skb).
@@ -74,8 +80,8 @@ impl TxInFlight {
         let records = capacity + 1;
         Self {
             pieces: InFlight::new(),
-            sent: vec![Sent { owner: Owner::Nobody, pieces_left: 0 }; records],
-            free: (0..records as u16).rev().collect(),
+            records: vec![Record { head: None, pieces_left: 0 }; records],
+            free_records: (0..records as u16).rev().collect(),
             slab: Slab::new(pair, 1),
             headers: Slab::of_headers(pair),
             key_mask: !0,
@@ -115,9 +121,12 @@ impl TxInFlight {
 
     /// Writes the descriptors of a packet in the guest's memory; room was checked.
     fn send(&mut self, xsk: &mut XskSocket, pieces: &[Segment], head: u16) {
-        let sent = self.record(Owner::Guest { head }, pieces.len());
+        let owner = match pieces.len() {
+            1 => Owner::Head(head),
+            several => Owner::Record(self.record(head, several)),
+        };
         for (index, piece) in pieces.iter().enumerate() {
-            self.write(xsk, piece, sent, index + 1 < pieces.len());
+            self.write(xsk, piece, owner, index + 1 < pieces.len());
         }
     }
 
@@ -140,65 +149,58 @@ impl TxInFlight {
     #[inline]
     fn send_copy(&mut self, xsk: &mut XskSocket, frames: &[Segment]) {
         for (index, frame) in frames.iter().enumerate() {
-            let sent = self.record(Owner::Slab { frame: frame.addr }, 1);
-            self.write(xsk, frame, sent, index + 1 < frames.len());
+            self.write(xsk, frame, Owner::Slab, index + 1 < frames.len());
         }
     }
 
     /// Writes a packet of headers of ours and of payload of a frame that is held; room was checked.
     fn send_split(&mut self, xsk: &mut XskSocket, headers: Segment, payload: &[Segment], held: u16) {
-        let slot = self.record(Owner::Slab { frame: headers.addr }, 1);
-        self.write(xsk, &headers, slot, !payload.is_empty());
-        self.sent[usize::from(held)].pieces_left += payload.len() as u16;
+        self.write(xsk, &headers, Owner::Slab, !payload.is_empty());
+        self.records[usize::from(held)].pieces_left += payload.len() as u16;
         for (index, piece) in payload.iter().enumerate() {
-            self.write(xsk, piece, held, index + 1 < payload.len());
+            self.write(xsk, piece, Owner::Record(held), index + 1 < payload.len());
         }
     }
 
     /// Holds a head: more of its frame may be sent than is in flight.
     fn hold(&mut self, head: u16) -> u16 {
-        self.record(Owner::Guest { head }, 1)
+        self.record(head, 1)
     }
 
     /// All of a held frame was sent. Returns its head if nothing of it is in flight.
     fn let_go(&mut self, held: u16) -> Option<u16> {
-        match self.done(held) {
-            Some(Owner::Guest { head }) => Some(head),
-            _ => None,
-        }
+        self.done(held)
     }
 
     /// No more of a held frame is sent, and its head is not to be used.
     fn disown(&mut self, held: u16) {
-        self.sent[usize::from(held)].owner = Owner::Nobody;
+        self.records[usize::from(held)].head = None;
         self.done(held);
     }
 
-    #[inline]
-    fn record(&mut self, owner: Owner, pieces: usize) -> u16 {
-        let Some(sent) = self.free.pop() else {
+    fn record(&mut self, head: u16, pieces: usize) -> u16 {
+        let Some(index) = self.free_records.pop() else {
             unreachable!("there is a record for each completion and one more, and only a held one has no piece");
         };
-        self.sent[usize::from(sent)] = Sent { owner, pieces_left: pieces as u16 };
-        sent
+        self.records[usize::from(index)] = Record { head: Some(head), pieces_left: pieces as u16 };
+        index
     }
 
     #[inline]
-    fn write(&mut self, xsk: &mut XskSocket, piece: &Segment, sent: u16, more: bool) {
-        self.pieces.insert(self.key(piece.addr), Piece { addr: piece.addr, len: piece.len, sent });
+    fn write(&mut self, xsk: &mut XskSocket, piece: &Segment, owner: Owner, more: bool) {
+        self.pieces.insert(self.key(piece.addr), Piece { addr: piece.addr, len: piece.len, owner });
         xsk.tx_write(piece.addr, piece.len, more);
     }
 
-    /// A piece is done, or a hold ended; whose record that was, if it was the last.
-    #[inline]
-    fn done(&mut self, index: u16) -> Option<Owner> {
-        let sent = &mut self.sent[usize::from(index)];
-        sent.pieces_left -= 1;
-        if sent.pieces_left > 0 {
+    /// A piece of a recorded frame is done, or a hold ended; the head that is to be used, if it was the last.
+    fn done(&mut self, index: u16) -> Option<u16> {
+        let record = &mut self.records[usize::from(index)];
+        record.pieces_left -= 1;
+        if record.pieces_left > 0 {
             return None;
         }
-        self.free.push(index);
-        Some(sent.owner)
+        self.free_records.push(index);
+        record.head
     }
 
     #[inline]
@@ -216,10 +218,10 @@ impl TxInFlight {
         for _ in 0..completed {
             let addr = xsk.completion_read();
             let piece = self.pieces.remove(self.key(addr)).ok_or(UnknownAnswer(addr))?;
-            match self.done(piece.sent) {
-                Some(Owner::Guest { head }) => used(head),
-                Some(Owner::Slab { frame }) => self.give_back(frame)?,
-                Some(Owner::Nobody) | None => {}
+            match piece.owner {
+                Owner::Head(head) => used(head),
+                Owner::Record(index) => self.done(index).into_iter().for_each(&mut used),
+                Owner::Slab => self.give_back(piece.addr)?,
             }
         }
         if completed > 0 {
@@ -243,14 +245,19 @@ impl TxInFlight {
     /// The socket is closed: what it had is gone. `used` gets each guest head; its frame may or may not have left. No
     /// frame is held.
     pub fn abandon(&mut self, mut used: impl FnMut(u16)) {
-        let mut open: Vec<u16> = self.pieces.values().map(|piece| piece.sent).collect();
+        let mut open = Vec::new();
+        for piece in self.pieces.values() {
+            match piece.owner {
+                Owner::Head(head) => used(head),
+                Owner::Record(index) => open.push(index),
+                Owner::Slab => {}
+            }
+        }
         open.sort_unstable();
         open.dedup();
-        for sent in open {
-            if let Owner::Guest { head } = self.sent[usize::from(sent)].owner {
-                used(head);
-            }
-            self.free.push(sent);
+        for index in open {
+            self.records[usize::from(index)].head.into_iter().for_each(&mut used);
+            self.free_records.push(index);
         }
         self.pieces.clear();
         self.slab.reset();

@@ -20,7 +20,9 @@ use crate::xsk::{BindMode, UmemLayout};
 
 /// As Linux guests of QEMU's have them.
 const QUEUE_SIZE: u16 = 256;
-const FEATURES: u64 = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF | VIRTIO_RING_F_EVENT_IDX;
+const FEATURES: u64 = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF | VIRTIO_RING_F_EVENT_IDX | OFFLOADS;
+/// VIRTIO_NET_F_CSUM, _HOST_TSO4 and _HOST_TSO6: that nothing is asked for has to be read from each frame.
+const OFFLOADS: u64 = 1 | 1 << 11 | 1 << 12;
 const HEADER_BYTES: u32 = 12;
 /// A port's longest frame at MTU 1500: with Ethernet header and two VLAN tags.
 const FRAME_MAX: u32 = 1522;
