@@ -328,8 +328,8 @@ impl GuestMemory {
         (0..len_bytes).all(|i| unsafe { self.ptr(addr.plus(i)).read_volatile() } == 0)
     }
 
-    /// Reads `N` bytes once. The compiler may not read them again: the guest could have changed them.
-    #[cfg(any(test, feature = "test-utils"))]
+    /// Reads a few bytes once. The compiler may not read them again: the guest could have changed them.
+    #[inline]
     pub(crate) fn read<const N: usize>(&self, addr: UmemAddr) -> [u8; N] {
         self.check(addr, N as u64);
         // SAFETY: inside the mapping (checked above).

@@ -97,8 +97,14 @@ impl NetHeader {
     /// Whether the frame is to be sent as it is.
     #[inline]
     pub fn asks_for_nothing(&self) -> bool {
-        self.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 && self.gso_type == VIRTIO_NET_HDR_GSO_NONE
+        asks_for_nothing([self.flags, self.gso_type])
     }
+}
+
+/// Whether a header that begins with these bytes asks for nothing.
+#[inline]
+pub fn asks_for_nothing([flags, gso_type]: [u8; 2]) -> bool {
+    flags & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 && gso_type == VIRTIO_NET_HDR_GSO_NONE
 }
 
 /// What is to be done to a frame. All offsets are from its start, and lie inside its headers.

@@ -76,6 +76,19 @@ impl<V: Copy + Default, const PLACES: usize> InFlight<V, PLACES> {
         self.len += 1;
     }
 
+    /// Adds an entry where no other is looked for first: none of this key is there then. Returns false, having done nothing,
+    /// if that place is taken or there is no room.
+    #[inline]
+    pub fn insert_alone(&mut self, key: UmemAddr, value: V) -> bool {
+        let place = &mut self.places[Self::home(key.0)];
+        if place.key != FREE || self.len >= Self::CAPACITY {
+            return false;
+        }
+        *place = Place { key: key.0, value };
+        self.len += 1;
+        true
+    }
+
     /// Takes one entry out.
     #[inline]
     pub fn remove(&mut self, key: UmemAddr) -> Option<V> {

@@ -8,15 +8,20 @@
 
 mod offload;
 
+use std::ops::Range;
+
 use self::offload::Split;
 use super::inflight::InFlight;
 use super::slab::Slab;
 use super::vring::Vring;
 use crate::error::{BurstError, QueueFault, UnknownAnswer};
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
+use crate::offload::headers::asks_for_nothing;
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::virtqueue::{CHAIN_DESCS_MAX, Direction, Taken};
-use crate::xsk::{BindMode, CHUNK_BYTES, COMPLETION_RING_DESCS, LONG_FRAME_BYTES_MAX, TX_RING_DESCS, XskSocket};
+use crate::xsk::{
+    BindMode, CHUNK_BYTES, COMPLETION_RING_DESCS, DriverRules, LONG_FRAME_BYTES_MAX, TX_RING_DESCS, XskSocket,
+};
 
 /// Frames handled before the other direction gets its turn.
 const BURST: u32 = 64;
@@ -128,6 +133,17 @@ impl TxInFlight {
         for (index, piece) in pieces.iter().enumerate() {
             self.write(xsk, piece, owner, index + 1 < pieces.len());
         }
+    }
+
+    /// Sends a frame in one piece, if it is certain that nothing in flight can be taken for it. There is room in the tx ring.
+    #[inline]
+    fn send_alone(&mut self, xsk: &mut XskSocket, frame: Segment, head: u16) -> bool {
+        let piece = Piece { addr: frame.addr, len: frame.len, owner: Owner::Head(head) };
+        let is_alone = self.pieces.insert_alone(self.key(frame.addr), piece);
+        if is_alone {
+            xsk.tx_write(frame.addr, frame.len, false);
+        }
+        is_alone
     }
 
     /// Takes as many slab frames as a copy of `len` bytes needs, padded to what the driver takes. Returns false if there is
@@ -331,12 +347,27 @@ impl Tx {
             sent = self.go_on(BURST, xsk, flight, counts);
         }
         let available = self.vring.queue.available()?;
+        let plain = self.plain_lengths(&xsk.rules);
         for _ in 0..available {
             if sent >= BURST || self.holds() {
                 break;
             }
-            self.chain.clear();
-            let taken = self.vring.queue.take(Direction::DeviceReads, &mut self.chain)?;
+            let taken = match self.vring.queue.take_single(Direction::DeviceReads)? {
+                Some((taken, buffer)) => {
+                    if self.send_plain(taken.head, buffer, &plain, xsk, flight) {
+                        counts.direct(buffer.len - self.vring.header_len);
+                        sent += 1;
+                        continue;
+                    }
+                    self.chain.clear();
+                    self.chain.push(buffer);
+                    taken
+                }
+                None => {
+                    self.chain.clear();
+                    self.vring.queue.take(Direction::DeviceReads, &mut self.chain)?
+                }
+            };
             let Some(frames) = self.send_chain(taken, BURST - sent, xsk, flight, counts) else {
                 self.vring.queue.untake(taken);
                 break;
@@ -344,6 +375,40 @@ impl Tx {
             sent += frames;
         }
         Ok(sent)
+    }
+
+    /// Lengths, header included, that a buffer in one piece has to have for its frame to go out as it is.
+    fn plain_lengths(&self, rules: &DriverRules) -> Range<u32> {
+        if !self.vring.enabled || !rules.direct || rules.tx_pieces_max == 0 {
+            return 0..0;
+        }
+        let (shortest, longest) =
+            (rules.tx_frame_min.max(ETHERNET_HEADER_BYTES), rules.tx_frame_max.min(PIECE_BYTES_MAX));
+        self.vring.header_len + shortest..self.vring.header_len + longest + 1
+    }
+
+    /// Sends a frame in one piece of which nothing is asked. Returns false, having done nothing, if it is not certain to be
+    /// one: [`send_chain`](Self::send_chain) knows more.
+    #[inline]
+    fn send_plain(
+        &self,
+        head: u16,
+        buffer: Segment,
+        lengths: &Range<u32>,
+        xsk: &mut XskSocket,
+        flight: &mut TxInFlight,
+    ) -> bool {
+        let (queue, header_len) = (&self.vring.queue, self.vring.header_len);
+        if !lengths.contains(&buffer.len) {
+            return false;
+        }
+        let frame = Segment { addr: buffer.addr.plus(u64::from(header_len)), len: buffer.len - header_len };
+        let memory = queue.memory();
+        frame.addr < xsk.umem_end
+            && (self.vring.offloads.is_none() || asks_for_nothing(memory.read(buffer.addr)))
+            && xsk.rules.is_contiguous(memory, frame.addr, u64::from(frame.len), frame.addr, queue.region_hint())
+            && xsk.tx_free(1) > 0
+            && flight.send_alone(xsk, frame, head)
     }
 
     /// Sends, copies or drops the frame in `self.chain`, or up to `budget` of the frames that it is cut into. Returns how
