@@ -6,6 +6,7 @@ Numbers named `*_address` are in the address space that the name says.
 
 from typing import Literal, final
 
+from mpassthru.steering import Filter
 from mpassthru.testing.guest_config import GuestConfig, Pattern, Source
 
 __all__ = [
@@ -247,16 +248,21 @@ class SteeringProgram:
             HostError: EBUSY/EEXIST if an XDP program is there; EPERM without CAP_BPF and CAP_NET_ADMIN;
                 EOPNOTSUPP if the driver has no native XDP.
         """
-    def steer_queue(
-        self,
-        queue_id: int,
-        *,
-        steer: Literal["passthru", "mac"],
-        mac: bytes = b"",
-        broadcast: bool = True,
-        multicast: bool = True,
-    ) -> None:
-        """Claim a hardware queue. Unclaimed queues pass every frame to the host."""
+    def steer_queue(self, queue_id: int, *, steer: Literal["passthru", "mac"]) -> None:
+        """Claim a hardware queue. Unclaimed queues pass every frame to the host.
+
+        Of a queue that is steered by `mac` the frames that the filter names are the guest's, the rest is the host's;
+        without a filter, none is the guest's.
+        """
+    def set_filter(self, filter: Filter) -> None:
+        """Replace the filter at once for all queues: a frame is judged by the old one or by the new one.
+
+        Takes some 10 ms, until no frame is judged by the old one any more.
+
+        Raises:
+            HostError: ENOMEM; the old one stays.
+            ValueError: A table is too long, an address is of the other kind, or a VLAN does not exist.
+        """
     def release_queue(self, queue_id: int) -> None: ...
     def set_socket(self, queue_id: int, socket_fd: int) -> None:
         """Put a bound AF_XDP socket into the XSKMAP. While the slot is empty the queue's frames are dropped."""

@@ -13,7 +13,8 @@ from mpassthru.netdev import ZERO_COPY
 
 ROOT = Path(__file__).parents[2]
 REASONS = re.findall(r'=> "(\w+)",', (ROOT / "crates/datapath/src/stats.rs").read_text())
-STEERING = re.findall(r"__u64 (\w+);", (ROOT / "bpf/steer.bpf.c").read_text())
+COUNTERS = (ROOT / "bpf/steer.bpf.c").read_text().partition("struct queue_counters {")[2].partition("}")[0]
+STEERING = re.findall(r"__u64 (\w+);", COUNTERS)
 PORT = ["guest", "mode", "sessions", "faults", "worker_restarts", "troubles", "final"]
 
 

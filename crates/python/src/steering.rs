@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 
-use mpassthru_steering::{MacAddress, QueueCounters, Steer, SteeringError, SteeringProgram as Program, XdpMode};
+use mpassthru_steering::{
+    Addresses, Filter, MacAddress, QueueCounters, Steer, SteeringError, SteeringProgram as Program, Vlans, XdpMode,
+};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -14,6 +16,30 @@ use crate::error::host_error;
 #[pyclass(frozen, module = "mpassthru._core")]
 struct SteeringProgram {
     program: Mutex<Option<Program>>,
+}
+
+/// What the fields of `mpassthru.steering.Filter` look like from here.
+#[derive(FromPyObject)]
+struct PyFilter {
+    unicast: Option<Vec<MacAddress>>,
+    multicast: Option<Vec<MacAddress>>,
+    broadcast: bool,
+    vlans: Option<Vec<u16>>,
+    host_address: Option<MacAddress>,
+}
+
+impl From<PyFilter> for Filter {
+    fn from(filter: PyFilter) -> Self {
+        let PyFilter { unicast, multicast, broadcast, vlans, host_address } = filter;
+        let addresses = |table: Option<Vec<MacAddress>>| table.map_or(Addresses::All, Addresses::Of);
+        Self {
+            unicast: addresses(unicast),
+            multicast: addresses(multicast),
+            broadcast,
+            vlans: vlans.map_or(Vlans::All, Vlans::Of),
+            host_address,
+        }
+    }
 }
 
 #[pymethods]
@@ -32,27 +58,22 @@ impl SteeringProgram {
         Ok(Self { program: Mutex::new(Some(program)) })
     }
 
-    #[pyo3(
-        signature = (queue_id, *, steer, mac = Vec::new(), broadcast = true, multicast = true),
-        text_signature = "($self, queue_id, *, steer, mac=b'', broadcast=True, multicast=True)"
-    )]
-    fn steer_queue(
-        &self,
-        py: Python<'_>,
-        queue_id: u32,
-        steer: &str,
-        mac: Vec<u8>,
-        broadcast: bool,
-        multicast: bool,
-    ) -> PyResult<()> {
+    #[pyo3(signature = (queue_id, *, steer))]
+    fn steer_queue(&self, py: Python<'_>, queue_id: u32, steer: &str) -> PyResult<()> {
         let steer = match steer {
             "passthru" => Steer::Passthru,
-            "mac" => Steer::Mac { mac: station_address(&mac)?, broadcast, multicast },
+            "mac" => Steer::Mac,
             _ => {
                 return Err(PyValueError::new_err(format!("steer is passthru or mac, not {steer:?}")));
             }
         };
         self.with_program(py, |program| program.steer_queue(queue_id, steer))
+    }
+
+    fn set_filter(&self, py: Python<'_>, filter: PyFilter) -> PyResult<()> {
+        let filter = Filter::from(filter);
+        filter.check().map_err(|error| PyValueError::new_err(error.to_string()))?;
+        self.with_program(py, |program| program.set_filter(&filter))
     }
 
     fn release_queue(&self, py: Python<'_>, queue_id: u32) -> PyResult<()> {
@@ -106,15 +127,6 @@ impl SteeringProgram {
     fn take(&self) -> Option<Program> {
         self.program.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
-}
-
-fn station_address(mac: &[u8]) -> PyResult<MacAddress> {
-    let address: MacAddress =
-        mac.try_into().map_err(|_| PyValueError::new_err(format!("mac has 6 bytes, not {}", mac.len())))?;
-    if address[0] & 1 == 1 {
-        return Err(PyValueError::new_err("mac is a group address; a guest's is not"));
-    }
-    Ok(address)
 }
 
 fn by_name(counters: QueueCounters) -> BTreeMap<&'static str, u64> {

@@ -5,12 +5,14 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod error;
+mod filter;
 mod layout;
 mod link;
 mod program;
 mod xdp_query;
 
 pub use error::SteeringError;
-pub use layout::{MacAddress, QueueCounters, Steer};
+pub use filter::{Addresses, Filter, FilterError, MacAddress, TABLE_MAX, Vlans};
+pub use layout::{QueueCounters, Steer};
 pub use link::XdpMode;
 pub use program::SteeringProgram;

@@ -5,12 +5,13 @@ use std::error::Error;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, XskMap};
+use aya::maps::{Array, ArrayOfMaps, Map, MapData, MapError, PerCpuArray, PerCpuValues, XskMap};
 use aya::programs::{ProgramFd, Xdp};
 use aya::{EbpfLoader, include_bytes_aligned};
 
 use crate::error::{SteeringError, errno_of};
-use crate::layout::{CpuCounters, QueueConfig, QueueCounters, Steer, UNCLAIMED};
+use crate::filter::Filter;
+use crate::layout::{CpuCounters, FilterValue, QueueCounters, QueueState, Steer, UNCLAIMED};
 use crate::link::{XdpLink, XdpMode};
 use crate::xdp_query::attached_program;
 
@@ -24,10 +25,14 @@ pub struct SteeringProgram {
     claimed: BTreeMap<u32, Steer>,
 }
 
+/// One filter; see `filters` in `bpf/steer.bpf.c`.
+type FilterMap = Array<MapData, FilterValue>;
+
 struct Maps {
     sockets: XskMap<MapData>,
-    queues: Array<MapData, QueueConfig>,
+    queues: Array<MapData, QueueState>,
     counters: PerCpuArray<MapData, CpuCounters>,
+    filters: ArrayOfMaps<MapData, FilterMap>,
 }
 
 impl SteeringProgram {
@@ -47,6 +52,7 @@ impl SteeringProgram {
     }
 
     /// Claims a queue, or changes how a claimed one is steered. Counters start at zero when a queue is claimed.
+    /// Of a queue that is steered by [`Steer::Mac`] nothing is the guest's before there is a filter.
     ///
     /// # Errors
     /// EINVAL if the interface has no such queue.
@@ -56,7 +62,7 @@ impl SteeringProgram {
         if !self.claimed.contains_key(&queue_id) {
             self.maps.clear_counters(queue_id).map_err(|error| map_error(&operation, &error))?;
         }
-        self.maps.queues.set(queue_id, steer.to_config(), 0).map_err(|error| map_error(&operation, &error))?;
+        self.maps.queues.set(queue_id, steer.to_state(), 0).map_err(|error| map_error(&operation, &error))?;
         self.claimed.insert(queue_id, steer);
         Ok(())
     }
@@ -72,6 +78,22 @@ impl SteeringProgram {
         self.maps.sockets.unset(queue_id).map_err(|error| map_error(&operation, &error))?;
         self.claimed.remove(&queue_id);
         Ok(())
+    }
+
+    /// Replaces the filter of the queues that are steered by [`Steer::Mac`]: each frame is judged by the old one or by
+    /// the new one, and those that are judged after the return by the new one. Takes the kernel some 10 ms, for it waits
+    /// until no program looks at the old one any more.
+    ///
+    /// # Errors
+    /// ENOMEM if the kernel has no room for it; the old one stays.
+    ///
+    /// # Panics
+    /// If the filter does not pass [`Filter::check`].
+    pub fn set_filter(&mut self, filter: &Filter) -> Result<(), SteeringError> {
+        filter.check().expect("a filter is checked before it is used");
+        self.maps
+            .set_filter(&FilterValue::from(filter))
+            .map_err(|error| map_error(&format!("replace the filter of {}", self.ifname), &error))
     }
 
     /// Puts an AF_XDP socket into the queue's slot; the kernel empties the slot when the socket is closed.
@@ -145,6 +167,12 @@ impl Maps {
             .expect("as many values as the kernel returned are as many as it takes");
         self.counters.set(queue_id, zeros, 0)
     }
+
+    fn set_filter(&mut self, value: &FilterValue) -> Result<(), MapError> {
+        let mut map = FilterMap::create(1, 0)?;
+        map.set(0, value, 0)?;
+        self.filters.set(0, &map, 0)
+    }
 }
 
 /// Creates the maps and loads the program; nothing is attached yet.
@@ -163,6 +191,7 @@ fn load(queue_count: u32, frags: bool) -> Result<(ProgramFd, Maps), Box<dyn Erro
         sockets: take("xsks")?.try_into()?,
         queues: take("queues")?.try_into()?,
         counters: take("counters")?.try_into()?,
+        filters: take("filters")?.try_into()?,
     };
     Ok((program, maps))
 }

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from mpassthru import _core
-from mpassthru.broker.address_filter import receive_for_guest
 from mpassthru.broker.endpoint import ConnectingEndpoint, Endpoint, InheritedEndpoint, ListeningEndpoint, SocketAccess
+from mpassthru.broker.guest_filter import GuestFilter, Steer
 from mpassthru.broker.hints import FrontendWatch, steering_notice
 from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed, outgrown, refuse_packet_options
 from mpassthru.broker.packet import NoSteering, create_packet_socket
@@ -58,16 +58,6 @@ class InUseError(RefusedError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steer:
-    """Which frames of a queue go to the guest."""
-
-    kind: Literal["passthru", "mac"] = "passthru"
-    mac: bytes = b""
-    broadcast: bool = True
-    multicast: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
 class AttachOptions:
     """What the user asked for. Exactly one of `socket_path`, `connect_path` and `fd` is set."""
 
@@ -81,7 +71,7 @@ class AttachOptions:
     mode: Mode = "auto"
     zero_copy: ZeroCopyOptions = field(default_factory=ZeroCopyOptions)
     xdp: XdpChoice = "auto"
-    steer: Steer = Steer()
+    steer: Steer = field(default_factory=Steer)
     poll: PollMode = "adaptive"
     user: str | None = None
     """Whose process the worker is; None for `nobody`."""
@@ -206,15 +196,17 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
         undo.callback(endpoint.close)
         steering: Steering = NoSteering()
         xdp_mode: PortXdpMode = "no"
+        program: _core.SteeringProgram | None = None
         if options.mode != "packet":
             # In zero-copy mode drivers must never put a frame into several buffers (kernel-facts, section 5.4): they
             # refuse the MTUs that would make them, as long as the program takes no such frames.
             frags = rules is None and has_multi_buffer()
             program, xdp_mode = attach_program(interface, options.xdp, view, frags=frags)
             undo.callback(program.close)
-            _steer_queues(program, queue_ids, options.steer)
+            for queue_id in queue_ids:
+                program.steer_queue(queue_id, steer=options.steer.kind)
             steering = program
-        undo.enter_context(receive_for_guest(interface.name, interface.ifindex, options.steer.mac))
+        undo.enter_context(GuestFilter(options.steer).applied_to(interface, program))
         if xdp_mode != "no":
             # Only now: Intel's drivers take a zero-copy socket once an XDP program is there.
             rules = await confirmed(rules, options.mode, interface, queue_ids, view, xdp_mode=xdp_mode)
@@ -251,16 +243,9 @@ def _notices(
     yield cost_line(options.guest_bytes, options.queues, zero_copy=zero_copy)
     yield from warnings_for(interface)
     if options.steer.kind == "mac":
-        yield steering_notice(interface.name, options.steer)
+        yield steering_notice(interface.name, options.steer.allowed)
     if (spread := other_queues_warning(interface, queue_ids)) is not None:
         yield spread
-
-
-def _steer_queues(program: _core.SteeringProgram, queue_ids: tuple[int, ...], steer: Steer) -> None:
-    for queue_id in queue_ids:
-        program.steer_queue(
-            queue_id, steer=steer.kind, mac=steer.mac, broadcast=steer.broadcast, multicast=steer.multicast
-        )
 
 
 async def _fit_interface(name: str, queue_ids: tuple[int, ...]) -> Interface:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from mpassthru.broker.status import PortStatus
 
 if TYPE_CHECKING:
-    from mpassthru.broker.attach import Steer
+    from mpassthru.steering import Filter
 
 UNSTARTED_AFTER_S: Final = 5.0
 """How long a front-end may be connected before it seems odd that no virtqueue was started."""
@@ -55,9 +55,12 @@ class FrontendWatch:
             yield "another front-end waits: a port serves one at a time, and the next when this one has left"
 
 
-def steering_notice(interface: str, steer: Steer) -> str:
+def steering_notice(interface: str, allowed: Filter) -> str:
     """Who goes without which frames, for a redirected frame is moved and not copied."""
-    broadcast, multicast = ("the guest" if to_guest else "the host" for to_guest in (steer.broadcast, steer.multicast))
+    broadcast = "the guest" if allowed.broadcast else "the host"
+    multicast = "the guest" if allowed.multicast is None else "the host"
+    if allowed.multicast:
+        multicast = "the host but for the guest's groups, and these to the guest"
     return (
         f"--steer mac: broadcast (ARP, DHCP) goes to {broadcast} alone, multicast (IPv6 neighbour discovery) to "
         f"{multicast} alone, for XDP cannot copy a frame: neighbours on {interface} do not find the other one, unless "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,13 +10,14 @@ import typer
 from rich.console import Console
 
 from mpassthru import event_loop
-from mpassthru.broker.attach import AttachOptions, Steer, attach
+from mpassthru.broker.attach import AttachOptions, attach
 from mpassthru.broker.mode import ZeroCopyOptions
 from mpassthru.cli.backend import PrintCapabilities
 from mpassthru.cli.locked_memory import LockedMemoryAll, RuntimeDir
 from mpassthru.cli.recipe import GuestRecipe
 from mpassthru.cli.sizes import parse_size
 from mpassthru.cli.socket_access import parse_socket_access
+from mpassthru.cli.steer import steer_by
 from mpassthru.live_view import JsonView, LineView, TerminalView, View
 
 INTERVAL_TERMINAL_S = 1.0
@@ -66,13 +66,24 @@ def attach_command(
         Literal["passthru", "mac"],
         typer.Option(help="Frames for the guest: all of the queue, or those for --mac, broadcast and multicast."),
     ] = "passthru",
-    mac: Annotated[str | None, typer.Option(metavar="MAC", help="The guest's MAC address.")] = None,
+    mac: Annotated[
+        list[str] | None, typer.Option(metavar="MAC", help="The guest's MAC address; once for each that it has.")
+    ] = None,
     broadcast: Annotated[
         bool, typer.Option(help="With --steer mac: broadcast (ARP) goes to the guest, the host has none.")
     ] = True,
     multicast: Annotated[
         bool, typer.Option(help="With --steer mac: multicast goes to the guest, the host has none.")
     ] = True,
+    multicast_group: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MAC", help="With --steer mac: of multicast only this group goes to the guest; repeatable."
+        ),
+    ] = None,
+    vlans: Annotated[
+        str, typer.Option(metavar="LIST", help="With --steer mac: VLANs of the guest: all, none, or as 5,7,100-199.")
+    ] = "all",
     poll: Annotated[
         Literal["busy", "adaptive", "interrupt"], typer.Option(help="How to wait for frames.")
     ] = "adaptive",
@@ -106,12 +117,9 @@ def attach_command(
     """
     if sum(choice is not None for choice in (socket_path, fd, connect)) != 1:
         raise typer.BadParameter("exactly one of --socket-path, --fd and --connect is needed")
-    if steer == "mac" and mac is None:
-        raise typer.BadParameter("--steer mac needs --mac, the guest's address")
     if socket_path is None and socket_owner is not None:
         raise typer.BadParameter("--socket-owner is about --socket-path; a socket made elsewhere has its owner already")
     socket_access = parse_socket_access(socket_owner, socket_mode)
-    mac_bytes = parse_mac(mac) if mac is not None else b""
     guest_bytes = parse_size(guest_size)
     view, interval_s = _view(as_json, interval)
     options = AttachOptions(
@@ -125,7 +133,9 @@ def attach_command(
         mode=mode,
         zero_copy=ZeroCopyOptions(bounce_only=bounce_only, frame_max_bytes=max_frame),
         xdp=xdp,
-        steer=Steer(kind=steer, mac=mac_bytes, broadcast=broadcast, multicast=multicast),
+        steer=steer_by(
+            steer, mac or [], groups=multicast_group or [], vlans=vlans, broadcast=broadcast, multicast=multicast
+        ),
         poll=poll,
         user=user,
         once=once,
@@ -147,7 +157,7 @@ def attach_command(
             guest_size=guest_size,
             mtu_bytes=mtu_bytes,
             frontend_listens=connect is not None,
-            mac=mac,
+            mac=mac[0] if mac else None,
         ).text()
 
     try:
@@ -159,20 +169,6 @@ def attach_command(
     view.say("ended; everything was given back")
     if not succeeded:
         raise typer.Exit(1)
-
-
-def parse_mac(text: str) -> bytes:
-    """A station's MAC address.
-
-    Raises:
-        typer.BadParameter: not six pairs of hexadecimal digits, or a group address.
-    """
-    if not re.fullmatch(r"[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}", text):
-        raise typer.BadParameter(f"{text!r} is not a MAC address; write it like 52:54:00:12:34:56")
-    mac = bytes.fromhex(text.replace(":", "").replace("-", ""))
-    if mac[0] & 1:
-        raise typer.BadParameter(f"{text} is a group address; a guest has a station address")
-    return mac
 
 
 def _view(as_json: bool, interval: float | None) -> tuple[View, float]:

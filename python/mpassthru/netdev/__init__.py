@@ -3,6 +3,7 @@
 Read an interface with `read_interface`, judge it with `checks`, price a guest with `umem_cost`.
 """
 
+from mpassthru.netdev.address import read_address
 from mpassthru.netdev.af_xdp import bind_error, open_xsk_socket, probe_bind
 from mpassthru.netdev.checks import (
     FRAME_MAX_BYTES,
@@ -52,6 +53,7 @@ __all__ = [
     "open_xsk_socket",
     "other_queues_warning",
     "probe_bind",
+    "read_address",
     "read_interface",
     "trouble",
     "umem_cost",

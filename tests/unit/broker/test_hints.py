@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from mpassthru.broker.attach import Steer
 from mpassthru.broker.hints import QUEUEING_AFTER_S, UNSTARTED_AFTER_S, FrontendWatch, steering_notice
 from mpassthru.broker.status import PortStatus
 from mpassthru.control import GuestState
+from mpassthru.steering import EVERYTHING
 
 
 def looks(
@@ -65,13 +66,21 @@ def test_successor_that_waits_for_a_moment_is_not_said() -> None:
 @pytest.mark.parametrize(
     ("broadcast", "multicast", "said"),
     [
-        (True, True, ("(ARP, DHCP) goes to the guest alone", "discovery) to the guest alone")),
-        (False, True, ("(ARP, DHCP) goes to the host alone", "discovery) to the guest alone")),
-        (False, False, ("(ARP, DHCP) goes to the host alone", "discovery) to the host alone")),
+        (True, None, ("(ARP, DHCP) goes to the guest alone", "discovery) to the guest alone")),
+        (False, None, ("(ARP, DHCP) goes to the host alone", "discovery) to the guest alone")),
+        (False, (), ("(ARP, DHCP) goes to the host alone", "discovery) to the host alone")),
+        (
+            True,
+            (bytes.fromhex("01005e0000fb"),),
+            ("to the guest alone", "but for the guest's groups, and these to the"),
+        ),
     ],
 )
-def test_steering_by_address_says_who_goes_without(broadcast: bool, multicast: bool, said: tuple[str, str]) -> None:
-    notice = steering_notice("eth9", Steer(kind="mac", broadcast=broadcast, multicast=multicast))
+def test_steering_by_address_says_who_goes_without(
+    broadcast: bool, multicast: tuple[bytes, ...] | None, said: tuple[str, str]
+) -> None:
+    allowed = msgspec.structs.replace(EVERYTHING, broadcast=broadcast, multicast=multicast)
+    notice = steering_notice("eth9", allowed)
 
     assert all(part in notice for part in said)
     assert "ip neigh replace" in notice

@@ -20,7 +20,6 @@ from mpassthru.broker.endpoint import SocketAccess
 from mpassthru.broker.status import PortStatus
 from mpassthru.cli import app as app_module
 from mpassthru.cli import attach as attach_command_module
-from mpassthru.cli.attach import parse_mac
 from mpassthru.cli.sizes import parse_size
 from mpassthru.cli.socket_access import parse_socket_access
 from mpassthru.errors import HostError, MpassthruError, RefusedError
@@ -196,11 +195,6 @@ def test_attach_prints_its_report_as_one_line_of_json(monkeypatch: pytest.Monkey
 
 def test_attach_that_failed_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attach_outcome(monkeypatch, succeeded=False)[0] == 1
-
-
-@pytest.mark.parametrize("text", [MAC, "52-54-00-12-34-56", "52:54:00:12:34:56".upper()])
-def test_mac_is_read_in_the_usual_forms(text: str) -> None:
-    assert parse_mac(text) == bytes.fromhex("525400123456")
 
 
 @pytest.mark.parametrize(
