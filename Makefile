@@ -13,7 +13,7 @@ IN_MACHINE = mkdir -p build/reports && .venv/bin/python -m mpassthru.testing.zer
     --share build/reports --timeout 1800 --
 
 .PHONY: help setup check test test-unit test-netns test-guest test-virtio-user test-zerocopy test-zerocopy-quick test-soak \
-    fuzz soak demo bench bench-quick microbench clean
+    fuzz soak demo bench bench-quick bench-idle microbench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ bench: setup ## Throughput, CPU and loss beside DPDK and the limit of AF_XDP; ha
 
 bench-quick: setup ## The short form of bench: under three minutes (root)
 	@.venv/bin/python -m bench --quick
+
+bench-idle: setup ## CPU time of 16 idle ports, and round trips through one that sleeps; a minute (root)
+	@.venv/bin/python -m bench.idle
 
 microbench: setup ## Instructions and time of the pump's loop for a frame, without kernel and driver; two minutes
 	@.venv/bin/python -m bench.micro

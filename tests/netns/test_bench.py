@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from bench.cargo import build
+from bench.idle import measure as measure_idle
 from bench.load import Load, quick_plan
 from bench.run import run
 
@@ -47,3 +48,10 @@ async def test_a_peer_that_does_not_start_is_named_with_the_reason() -> None:
     (peer,) = results.peers
     assert peer.missing is not None
     assert "round 1" in peer.missing
+
+
+async def test_every_frame_to_an_idle_guest_comes_back() -> None:
+    idle = await measure_idle(1, 2.5, 50)
+    assert [it.lost for it in idle.round_trips] == [0, 0, 0]
+    assert all(0 < it.p50_us <= it.p99_us <= it.p999_us for it in idle.round_trips)
+    assert idle.share_of_a_core > 0
