@@ -10,10 +10,18 @@ use crate::guest_memory::UmemAddr;
 /// The driver broke the ring protocol. Stops that virtqueue and nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum QueueFault {
-    /// The queue size is zero, above 32768, or no power of two (VIRTIO 1.3 §2.7).
-    #[error("queue size {size} is not a power of two between 1 and 32768")]
+    /// The queue size is zero or above 32768, or, of a split virtqueue, no power of two (VIRTIO 1.3 §2.7, §2.8).
+    #[error("queue size {size} is not between 1 and 32768, or no power of two as a split virtqueue needs it")]
     BadSize {
         /// Size as the front-end gave it, in descriptors.
+        size: u32,
+    },
+    /// The front-end wants the queue to go on where it has nothing.
+    #[error("ring base {base:#x} is outside a virtqueue of {size} descriptors")]
+    BadBase {
+        /// Base as the front-end gave it.
+        base: u32,
+        /// Queue size.
         size: u32,
     },
     /// A ring is misaligned or not inside one region of guest memory.
@@ -21,7 +29,7 @@ pub enum QueueFault {
         "{ring} at front-end address {address:#x} ({len_bytes} bytes) is misaligned or not inside one memory region"
     )]
     RingOutsideMemory {
-        /// `descriptor table`, `avail ring` or `used ring`.
+        /// `descriptor table`, `avail ring` or `used ring`, or the like of a packed virtqueue.
         ring: &'static str,
         /// Where the front-end said it is.
         address: u64,
@@ -40,13 +48,19 @@ pub enum QueueFault {
         /// Queue size.
         size: u16,
     },
-    /// An avail ring entry names no descriptor.
+    /// An avail ring entry names no descriptor, or a buffer id of a packed virtqueue is as large as the queue.
     #[error("head index {head} is outside the descriptor table of {size}")]
     HeadOutOfRange {
         /// Head index.
         head: u16,
         /// Queue size.
         size: u16,
+    },
+    /// The driver gave a buffer an id that another one has which is in flight (VIRTIO 1.3 §2.8.21.1).
+    #[error("buffer id {id} is in flight already")]
+    IdInFlight {
+        /// The id.
+        id: u16,
     },
     /// A `next` field names no descriptor of its table.
     #[error("next index {next} is outside the descriptor table of {size} (head {head})")]

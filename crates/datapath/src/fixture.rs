@@ -4,7 +4,9 @@ use std::ffi::CString;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
-use mpassthru_testing::driver::{RingLayout, SplitDriver};
+use mpassthru_testing::driver::{PackedDriver, RingLayout, SplitDriver};
+#[cfg(test)]
+use mpassthru_testing::driver::{QueueDriver, RawRing};
 use mpassthru_testing::memory::{self as vmm, RegionConfig};
 #[cfg(test)]
 use proptest::test_runner::Config;
@@ -12,11 +14,15 @@ use proptest::test_runner::Config;
 use crate::fd::EventFd;
 use crate::guest_memory::{DirtyLog, FileSpec, GuestMemory, GuestPhysAddr, PAGE_BYTES, RegionSpec, UmemAddr, UserAddr};
 use crate::pump::{VringConfig, slab_bytes};
-use crate::virtqueue::{Logged, QueueConfig, SplitQueue, WriteLog};
+use crate::virtqueue::{Logged, PackedQueue, QueueConfig, SplitQueue, WriteLog};
+
+/// The ring base of a packed virtqueue that nobody has used yet.
+pub const PACKED_START: u32 = 0x8000_8000;
 
 pub const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
 pub const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
 pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+pub const VIRTIO_F_RING_PACKED: u64 = 1 << 34;
 
 #[cfg(test)]
 /// Settings of a property test: this many cases; a failing one is kept as a test of its own, not as a file.
@@ -56,6 +62,7 @@ impl Guest {
             avail: user(layout.avail),
             used: user(layout.used),
             event_idx,
+            packed: false,
         }
     }
 
@@ -66,10 +73,18 @@ impl Guest {
         (driver, queue)
     }
 
-    /// A virtqueue as vhost-user hands it over.
+    /// Both ends of a packed virtqueue: the driver and the device.
+    pub fn packed_queue(&self, layout: RingLayout, event_idx: bool) -> (PackedDriver, PackedQueue) {
+        let driver = PackedDriver::new(&self.vmm, layout, event_idx).unwrap();
+        let config = QueueConfig { base: PACKED_START, packed: true, ..self.queue_config(&layout, event_idx) };
+        (driver, PackedQueue::new(Arc::clone(&self.memory), &config).unwrap())
+    }
+
+    /// A virtqueue as vhost-user hands it over, that nobody has used yet.
     pub fn vring_config(&self, layout: &RingLayout, features: u64) -> VringConfig {
+        let base = if features & VIRTIO_F_RING_PACKED != 0 { PACKED_START } else { 0 };
         VringConfig {
-            queue: self.queue_config(layout, false),
+            queue: QueueConfig { base, ..self.queue_config(layout, false) },
             features,
             enabled: true,
             kick: EventFd::new().unwrap(),
@@ -83,6 +98,15 @@ impl Guest {
     /// Where a guest-physical address lies in the UMEM.
     pub fn umem(&self, address: u64) -> UmemAddr {
         self.memory.translate(GuestPhysAddr(address), 1, &mut 0).unwrap().addr
+    }
+}
+
+/// The split ring of a driver.
+#[cfg(test)]
+pub fn split(driver: &QueueDriver) -> &RawRing {
+    match driver {
+        QueueDriver::Split(driver) => driver.ring(),
+        QueueDriver::Packed(_) => panic!("a split virtqueue"),
     }
 }
 

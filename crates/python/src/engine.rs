@@ -18,6 +18,8 @@ use pyo3::types::PyDict;
 
 use crate::error::{datapath_error, fault_error, host_error_of};
 
+const VIRTIO_F_RING_PACKED: u64 = 1 << 34;
+
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<MemoryRegion>()?;
     module.add_class::<VringConfig>()?;
@@ -72,7 +74,7 @@ impl VringConfig {
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
     fn new(
         size: u32,
-        base: u16,
+        base: u32,
         desc_user_address: u64,
         avail_user_address: u64,
         used_user_address: u64,
@@ -93,6 +95,7 @@ impl VringConfig {
             avail: UserAddr(avail_user_address),
             used: UserAddr(used_user_address),
             event_idx: false, // taken from `features` by the pump
+            packed: false,
         };
         let logged = logged(log_buffers, log_used_address);
         Self { queue, features, enabled, kick_fd, call_fd, err_fd, record_fd, record_offset, logged }
@@ -105,7 +108,8 @@ impl VringConfig {
         if self.record_fd < 0 {
             return Ok(None);
         }
-        InflightRecord::map(self.record_fd, self.record_offset, self.queue.size).map(Some)
+        let packed = self.features & VIRTIO_F_RING_PACKED != 0;
+        InflightRecord::map(self.record_fd, self.record_offset, self.queue.size, packed).map(Some)
     }
 }
 

@@ -79,7 +79,7 @@ fn mapped(engine: &Engine) -> Guest {
     guest
 }
 
-fn config(guest: &Guest, index: usize, base: u16) -> VringConfig {
+fn config(guest: &Guest, index: usize, base: u32) -> VringConfig {
     let mut config = guest.vring_config(&layout(index), VIRTIO_F_VERSION_1);
     config.queue.base = base;
     config
@@ -127,7 +127,7 @@ fn test_a_queue_stops_at_the_base_that_it_was_started_with_while_there_is_no_soc
         driver.ring().set_avail_idx(base.wrapping_add(1));
         // Not where the base is: a queue that starts at its used index would be found out.
         guest.vmm.write(layout(index).used.plus(2), &base.wrapping_sub(3).to_le_bytes()).unwrap();
-        let token = engine.start_vring(index, config(&guest, index, base), Logged::default()).unwrap();
+        let token = engine.start_vring(index, config(&guest, index, base.into()), Logged::default()).unwrap();
         completed(&engine, token).unwrap();
         let token = engine.stop_vring(index).unwrap();
         assert_eq!(completed(&engine, token).unwrap(), u64::from(base));

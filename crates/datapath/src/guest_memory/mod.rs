@@ -31,7 +31,7 @@ mod tests;
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 pub use address::{GuestPhysAddr, UmemAddr, UserAddr};
 pub use dirty_log::DirtyLog;
@@ -367,12 +367,41 @@ impl GuestMemory {
         self.atomic_u16(addr).store(value.to_le(), order);
     }
 
+    /// Loads a 32-bit ring field.
+    #[inline]
+    pub(crate) fn load_u32(&self, addr: UmemAddr, order: Ordering) -> u32 {
+        u32::from_le(self.atomic_u32(addr).load(order))
+    }
+
+    /// Stores a 32-bit ring field.
+    #[inline]
+    pub(crate) fn store_u32(&self, addr: UmemAddr, value: u32, order: Ordering) {
+        self.atomic_u32(addr).store(value.to_le(), order);
+    }
+
+    /// Loads a 64-bit ring field.
+    #[inline]
+    pub(crate) fn load_u64(&self, addr: UmemAddr, order: Ordering) -> u64 {
+        self.check(addr, 8);
+        // SAFETY: inside the mapping, which lives as long as &self; descriptors of a packed ring are aligned to 16 (checked
+        // when the queue was made). The reference is to an atomic: the guest may change it at any time.
+        let field = unsafe { AtomicU64::from_ptr(self.ptr(addr).cast()) };
+        u64::from_le(field.load(order))
+    }
+
     #[inline]
     fn atomic_u16(&self, addr: UmemAddr) -> &AtomicU16 {
         self.check(addr, 2);
         // SAFETY: inside the mapping, which lives as long as &self; ring fields are 2-aligned (checked when the queue
         // was made). The reference is to an atomic: the guest may change it at any time.
         unsafe { AtomicU16::from_ptr(self.ptr(addr).cast()) }
+    }
+
+    #[inline]
+    fn atomic_u32(&self, addr: UmemAddr) -> &AtomicU32 {
+        self.check(addr, 4);
+        // SAFETY: as in atomic_u16; these fields are 4-aligned.
+        unsafe { AtomicU32::from_ptr(self.ptr(addr).cast()) }
     }
 
     /// Asserts that a range lies inside the mapping. The tail slab is longer than what is mostly accessed at once: then the

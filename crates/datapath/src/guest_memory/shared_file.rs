@@ -2,7 +2,7 @@
 
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU8;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
 use super::mapping::Mapping;
 use super::region::{file_bytes, page_bytes};
@@ -82,6 +82,36 @@ impl SharedFile {
         assert!(offset < self.size_bytes, "an access stays inside the piece");
         // SAFETY: an offset inside the one mapping (checked above), which lives as long as &self.
         unsafe { AtomicU8::from_ptr(self.start.as_ptr().add(offset as usize)) }
+    }
+
+    /// The 16-bit field at an offset.
+    #[inline]
+    pub fn u16(&self, offset: u64) -> &AtomicU16 {
+        // SAFETY: inside the mapping and aligned (checked by `field`); it lives as long as &self.
+        unsafe { AtomicU16::from_ptr(self.field(offset, 2).cast()) }
+    }
+
+    /// The 32-bit field at an offset.
+    #[inline]
+    pub fn u32(&self, offset: u64) -> &AtomicU32 {
+        // SAFETY: inside the mapping and aligned (checked by `field`); it lives as long as &self.
+        unsafe { AtomicU32::from_ptr(self.field(offset, 4).cast()) }
+    }
+
+    /// The 64-bit field at an offset.
+    #[inline]
+    pub fn u64(&self, offset: u64) -> &AtomicU64 {
+        // SAFETY: inside the mapping and aligned (checked by `field`); it lives as long as &self.
+        unsafe { AtomicU64::from_ptr(self.field(offset, 8).cast()) }
+    }
+
+    #[inline]
+    fn field(&self, offset: u64, len_bytes: u64) -> *mut u8 {
+        assert!(offset < self.size_bytes && len_bytes <= self.size_bytes - offset, "an access stays inside the piece");
+        // SAFETY: an offset inside the one mapping (checked above).
+        let at = unsafe { self.start.as_ptr().add(offset as usize) };
+        assert!((at as u64).is_multiple_of(len_bytes), "a field is at its own alignment");
+        at
     }
 
     /// Where `count` values of a type start, `offset` bytes from the start: inside the mapping and aligned, as long as `self`

@@ -123,7 +123,7 @@ impl PacketPump {
         let mut dropped = 0;
         for _ in 0..usize::from(vring.queue.available()?).min(BURST) {
             self.chain.clear();
-            let head = vring.queue.take(Direction::DeviceReads, &mut self.chain)?;
+            let Some(head) = vring.queue.take(Direction::DeviceReads, &mut self.chain)? else { break };
             let pieces = strip_header(&mut self.chain, vring.header_len);
             let len = pieces.iter().fold(0u32, |sum, piece| sum.saturating_add(piece.len));
             if let Some(reason) = reason_to_drop(vring.enabled, len, self.frame_max) {
@@ -258,12 +258,15 @@ impl Place<'_> {
         let available = usize::from(vring.queue.available()?);
         let mut room = 0u32;
         while room < total {
-            if self.heads.len() == available {
-                let all = available >= usize::from(vring.queue.size());
-                return Ok(if all { Delivery::Dropped(DropReason::BufferTooSmall) } else { Delivery::Starved });
-            }
             self.chain.clear();
-            let head = vring.queue.take(Direction::DeviceWrites, self.chain)?;
+            let head = match self.heads.len() < available {
+                true => vring.queue.take(Direction::DeviceWrites, self.chain)?,
+                false => None,
+            };
+            let Some(head) = head else {
+                let all = self.heads.len() >= usize::from(vring.queue.size());
+                return Ok(if all { Delivery::Dropped(DropReason::BufferTooSmall) } else { Delivery::Starved });
+            };
             self.heads.push((head, self.chain.len()));
             self.segments.extend_from_slice(self.chain);
             room = self.chain.iter().fold(room, |sum, segment| sum.saturating_add(segment.len));

@@ -553,7 +553,7 @@ impl Pump {
                 tx.withdraw(&mut self.flight);
                 tx.vring.give_back(&mut []);
             }
-            Ok(tx.map_or(0, |tx| u64::from(tx.vring.queue.next_avail())))
+            Ok(tx.map_or(0, |mut tx| tx.vring.stopped()))
         } else {
             let rx = self.rx.as_mut().ok_or(stopped)?;
             let kernel_has_buffers = rx.kernel_has_buffers() || self.rx_slab.used() > 0;
@@ -562,7 +562,7 @@ impl Pump {
                 rx.recall(&mut self.rx_slab);
             }
             let rx = self.rx.take();
-            Ok(rx.map_or(0, |rx| u64::from(rx.vring.queue.next_avail())))
+            Ok(rx.map_or(0, |mut rx| rx.vring.stopped()))
         }
     }
 

@@ -246,7 +246,8 @@ impl Rx {
                 }
                 None => {
                     self.chain.clear();
-                    self.vring.queue.take(Direction::DeviceWrites, &mut self.chain)?
+                    let Some(taken) = self.vring.queue.take(Direction::DeviceWrites, &mut self.chain)? else { break };
+                    taken
                 }
             };
             match self.fit(xsk) {

@@ -365,7 +365,8 @@ impl Tx {
                 }
                 None => {
                     self.chain.clear();
-                    self.vring.queue.take(Direction::DeviceReads, &mut self.chain)?
+                    let Some(taken) = self.vring.queue.take(Direction::DeviceReads, &mut self.chain)? else { break };
+                    taken
                 }
             };
             let Some(frames) = self.send_chain(taken, BURST - sent, xsk, flight, counts) else {

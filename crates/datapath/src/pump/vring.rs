@@ -7,11 +7,12 @@ use crate::error::{Error, QueueFault};
 use crate::fd::EventFd;
 use crate::guest_memory::GuestMemory;
 use crate::offload::headers::Offloads;
-use crate::virtqueue::{InflightRecord, QueueConfig, SplitQueue, Taken, WriteLog};
+use crate::virtqueue::{InflightRecord, QueueConfig, Taken, Virtqueue, WriteLog};
 
 const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
 const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+const VIRTIO_F_RING_PACKED: u64 = 1 << 34;
 const VIRTIO_NET_F_HASH_REPORT: u64 = 1 << 57;
 
 /// Longest virtio-net header: with a hash report.
@@ -31,7 +32,7 @@ fn header_len(features: u64) -> u32 {
 /// A virtqueue as vhost-user hands it over.
 #[derive(Debug)]
 pub struct VringConfig {
-    /// The rings. `event_idx` is taken from `features`.
+    /// The rings. What the driver negotiated about them is taken from `features`.
     pub queue: QueueConfig,
     /// Negotiated virtio features.
     pub features: u64,
@@ -52,7 +53,7 @@ pub struct VringConfig {
 /// A running virtqueue.
 #[derive(Debug)]
 pub(super) struct Vring {
-    pub queue: SplitQueue,
+    pub queue: Virtqueue,
     pub enabled: bool,
     /// Stopped by a fault until the front-end stops and starts it.
     pub faulted: bool,
@@ -71,8 +72,9 @@ pub(super) struct Vring {
 impl Vring {
     pub fn new(memory: Arc<GuestMemory>, config: VringConfig) -> Result<Self, Error> {
         let event_idx = config.features & VIRTIO_RING_F_EVENT_IDX != 0;
+        let packed = config.features & VIRTIO_F_RING_PACKED != 0;
         let mergeable = config.features & VIRTIO_NET_F_MRG_RXBUF != 0;
-        let mut queue = SplitQueue::new(memory, &QueueConfig { event_idx, ..config.queue })?;
+        let mut queue = Virtqueue::new(memory, &QueueConfig { event_idx, packed, ..config.queue })?;
         queue.set_log(config.log);
         let resumed = config.record.map_or(0, |record| queue.resume(record));
         Ok(Self {
@@ -122,6 +124,12 @@ impl Vring {
         }
         self.queue.give_up_resumed();
         self.flush();
+    }
+
+    /// The queue has stopped, and all was given back. Returns its base.
+    pub fn stopped(&mut self) -> u64 {
+        self.queue.stopped();
+        u64::from(self.queue.base())
     }
 
     /// Whether the queue may be worked on.

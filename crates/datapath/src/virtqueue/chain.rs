@@ -86,7 +86,7 @@ pub(super) fn walk(
 
 /// Translates one buffer. It may lie across regions that the guest sees as one range.
 #[inline]
-fn append(
+pub(super) fn append(
     memory: &GuestMemory,
     head: u16,
     desc: &Descriptor,
@@ -109,7 +109,7 @@ fn append(
 
 /// Checks an indirect descriptor (VIRTIO 1.3 §2.7.5.3): a table of at least one and at most queue-size descriptors,
 /// inside one region. The write flag of the descriptor itself means nothing (§2.7.5.3.2).
-fn indirect_table(
+pub(super) fn indirect_table(
     memory: &GuestMemory,
     queue: Table,
     head: u16,
@@ -123,6 +123,6 @@ fn indirect_table(
 }
 
 #[cold]
-fn bad_table(head: u16, desc: &Descriptor) -> QueueFault {
+pub(super) fn bad_table(head: u16, desc: &Descriptor) -> QueueFault {
     QueueFault::BadIndirectTable { head, address: desc.addr.0, len_bytes: desc.len }
 }

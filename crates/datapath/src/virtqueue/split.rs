@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use super::QUEUE_SIZE_MAX;
 use super::chain::{self, Direction, Table};
 use super::descriptor::{DESCRIPTOR_BYTES, Descriptor};
-use super::inflight_record::InflightRecord;
+use super::split_record::SplitRecord;
 use super::write_log::WriteLog;
 use crate::error::QueueFault;
 use crate::guest_memory::{Entries, GuestMemory, Segment, UmemAddr, UserAddr};
@@ -20,12 +21,12 @@ const RING_HEADER_BYTES: u64 = 4;
 const USED_IDX_OFFSET: u64 = 2;
 
 /// Positions in the avail ring start here; below are heads that an earlier back-end took, whose entries are gone.
-const RING_POSITIONS: u64 = 1 << 32;
+pub(super) const RING_POSITIONS: u64 = 1 << 32;
 
 /// A head that was taken.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Taken {
-    /// Its index.
+    /// Its index; of a packed virtqueue, the buffer id.
     pub head: u16,
     /// The queue's position when it was taken: never the same again, for a head may be kept while 65536 others pass.
     pub position: u64,
@@ -34,18 +35,20 @@ pub struct Taken {
 /// Where the rings of a queue are and how they are used.
 #[derive(Debug, Clone, Copy)]
 pub struct QueueConfig {
-    /// Number of descriptors; a power of two up to 32768.
+    /// Number of descriptors, up to 32768; a power of two if it is a split virtqueue.
     pub size: u32,
-    /// The next avail entry to take (SET_VRING_BASE).
-    pub base: u16,
-    /// Descriptor table, in the front-end's addresses.
+    /// Where to go on (SET_VRING_BASE): the next avail entry to take. In a packed virtqueue both places in its ring.
+    pub base: u32,
+    /// Descriptor table, or ring, in the front-end's addresses.
     pub desc: UserAddr,
-    /// Avail ring, in the front-end's addresses.
+    /// Avail ring, in the front-end's addresses. In a packed virtqueue the driver's event suppression structure.
     pub avail: UserAddr,
-    /// Used ring, in the front-end's addresses.
+    /// Used ring, in the front-end's addresses. In a packed virtqueue the device's event suppression structure.
     pub used: UserAddr,
     /// VIRTIO_RING_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
+    /// VIRTIO_F_RING_PACKED was negotiated.
+    pub packed: bool,
 }
 
 /// The device side of a split virtqueue. Holds the memory that its rings live in.
@@ -68,7 +71,7 @@ pub struct SplitQueue {
     /// How many of those have been taken.
     again_taken: u64,
     /// What is in flight, for whoever comes after this process.
-    record: Option<InflightRecord>,
+    record: Option<SplitRecord>,
     /// Avail index as last seen.
     avail_idx: u16,
     /// Next used entry to write; free-running. Entries up to here may not be published yet.
@@ -77,7 +80,6 @@ pub struct SplitQueue {
     used_idx: u16,
     /// Used index when the driver was last considered for a call.
     called_at: u16,
-    region_hint: usize,
     /// Where writes to guest memory are logged, if they are. Never while nobody migrates: one branch per burst then.
     log: Option<WriteLog>,
 }
@@ -86,11 +88,13 @@ impl SplitQueue {
     /// Checks the rings and takes the queue up where it was left.
     ///
     /// # Errors
-    /// [`QueueFault::BadSize`], [`QueueFault::RingOutsideMemory`].
+    /// [`QueueFault::BadSize`], [`QueueFault::BadBase`], [`QueueFault::RingOutsideMemory`].
     pub fn new(memory: Arc<GuestMemory>, config: &QueueConfig) -> Result<Self, QueueFault> {
-        if !config.size.is_power_of_two() || config.size > 32768 {
+        if !config.size.is_power_of_two() || config.size > QUEUE_SIZE_MAX {
             return Err(QueueFault::BadSize { size: config.size });
         }
+        let bad_base = QueueFault::BadBase { base: config.base, size: config.size };
+        let base = u16::try_from(config.base).map_err(|_| bad_base)?;
         let entries = u64::from(config.size);
         let place = |ring, addr: UserAddr, align, len_bytes| {
             memory
@@ -106,8 +110,8 @@ impl SplitQueue {
         let used_idx = memory.load_u16(used.plus(USED_IDX_OFFSET), Ordering::Relaxed);
         // Relaxed: a plausible value is all that is wanted; available() looks again.
         let avail_idx = memory.load_u16(avail.plus(2), Ordering::Relaxed);
-        let position = start_position(config.base, used_idx, avail_idx, config.size as u16);
         let size = config.size as u16;
+        let position = start_position(base, used_idx, avail_idx, size);
         Ok(Self {
             size,
             desc,
@@ -126,7 +130,6 @@ impl SplitQueue {
             next_used: used_idx,
             used_idx,
             called_at: used_idx,
-            region_hint: 0,
             log: None,
         })
     }
@@ -135,7 +138,7 @@ impl SplitQueue {
     /// anything is taken. Returns the number of heads that were in flight.
     ///
     /// Heads taken last stay in the avail ring, by rewinding it; those that cannot be are taken again, in their order.
-    pub fn resume(&mut self, mut record: InflightRecord) -> usize {
+    pub fn resume(&mut self, mut record: SplitRecord) -> usize {
         // Acquire: as in available().
         let avail_idx = self.memory.load_u16(self.avail.plus(2), Ordering::Acquire);
         let found = record.recover(self.used_idx, avail_idx, |index| self.avail_entry(index));
@@ -182,20 +185,6 @@ impl SplitQueue {
         self.log = log;
     }
 
-    /// Whether writes are logged.
-    #[inline]
-    pub fn is_logged(&self) -> bool {
-        self.log.is_some()
-    }
-
-    /// Says that a part of a buffer was written, all of it in one region.
-    #[inline]
-    pub fn log_buffer(&self, start: UmemAddr, len_bytes: u64) {
-        if let Some(log) = &self.log {
-            log.buffer(&self.memory, start, len_bytes, self.region_hint);
-        }
-    }
-
     #[inline]
     fn log_used_ring(&self, offset: u64, len_bytes: u64) {
         if let Some(log) = &self.log {
@@ -214,18 +203,6 @@ impl SplitQueue {
         log.used_ring(RING_HEADER_BYTES, (count - up_to_end) * USED_ELEMENT_BYTES);
         log.used_ring(USED_IDX_OFFSET, 2);
         log.published();
-    }
-
-    /// The memory that the rings and buffers live in.
-    #[inline]
-    pub fn memory(&self) -> &GuestMemory {
-        &self.memory
-    }
-
-    /// The region of memory that translated last, as a hint for the next look-up.
-    #[inline]
-    pub fn region_hint(&self) -> usize {
-        self.region_hint
     }
 
     /// Number of descriptors.
@@ -267,17 +244,22 @@ impl SplitQueue {
     }
 
     /// Takes the next head and appends the segments of its chain to `segments`, up to its capacity.
-    /// [`available`](Self::available) said that there is one.
+    /// [`available`](Self::available) said that there is one, so that it is never `None`. `hint` as in [`GuestMemory::translate`].
     ///
     /// # Errors
     /// [`QueueFault::HeadOutOfRange`], or a broken chain; then nothing is taken, and `segments` may hold a part of it.
-    pub fn take(&mut self, direction: Direction, segments: &mut Vec<Segment>) -> Result<Taken, QueueFault> {
+    pub fn take(
+        &mut self,
+        direction: Direction,
+        hint: &mut usize,
+        segments: &mut Vec<Segment>,
+    ) -> Result<Option<Taken>, QueueFault> {
         let taken = self.take_head()?;
-        if let Err(fault) = self.walk(taken.head, direction, segments) {
+        if let Err(fault) = self.walk(taken.head, direction, hint, segments) {
             self.untake(taken);
             return Err(fault);
         }
-        Ok(taken)
+        Ok(Some(taken))
     }
 
     /// Takes the next head if its chain is one segment, as most are; `None` if it is not, and then nothing is taken.
@@ -286,14 +268,17 @@ impl SplitQueue {
     /// # Errors
     /// [`QueueFault::HeadOutOfRange`].
     #[inline(always)]
-    pub fn take_single(&mut self, direction: Direction) -> Result<Option<(Taken, Segment)>, QueueFault> {
+    pub fn take_single(
+        &mut self,
+        direction: Direction,
+        hint: &mut usize,
+    ) -> Result<Option<(Taken, Segment)>, QueueFault> {
         if !self.again.is_empty() {
             return Ok(None);
         }
         let head = self.next_head()?;
         let first = Descriptor::from_words(self.descs.read(head));
-        Ok(chain::single(&self.memory, &first, direction, &mut self.region_hint)
-            .map(|segment| (self.take_from_ring(head), segment)))
+        Ok(chain::single(&self.memory, &first, direction, hint).map(|segment| (self.take_from_ring(head), segment)))
     }
 
     /// Takes the next head, whatever its chain.
@@ -359,13 +344,14 @@ impl SplitQueue {
     /// # Errors
     /// A broken chain.
     pub(crate) fn walk(
-        &mut self,
+        &self,
         head: u16,
         direction: Direction,
+        hint: &mut usize,
         segments: &mut Vec<Segment>,
     ) -> Result<(), QueueFault> {
         let table = Table { start: self.desc, size: u32::from(self.size) };
-        chain::walk(&self.memory, table, head, direction, &mut self.region_hint, segments)
+        chain::walk(&self.memory, table, head, direction, hint, segments)
     }
 
     /// Writes a used entry; the driver sees it after [`publish_used`](Self::publish_used).

@@ -42,6 +42,15 @@ impl WriteLog {
         }
     }
 
+    /// A part of a ring in guest memory was written, which lies in one region.
+    pub(super) fn ring(&self, memory: &GuestMemory, start: UmemAddr, len_bytes: u64) {
+        if self.logged.used_ring.is_some()
+            && let Some(address) = memory.guest_phys(start, 0)
+        {
+            self.log.mark(address, len_bytes);
+        }
+    }
+
     /// Used entries were shown to the driver: all that was written for them is marked.
     pub(super) fn published(&self) {
         if let Some(notify) = &self.notify {

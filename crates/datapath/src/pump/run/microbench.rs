@@ -71,8 +71,8 @@ pub struct Scene {
 
 /// Every virtqueue has one: the front-end's or the broker's.
 fn record() -> InflightRecord {
-    let file = memfd("record", record_bytes(u32::from(QUEUE_SIZE)));
-    InflightRecord::map(file.as_raw_fd(), 0, u32::from(QUEUE_SIZE)).unwrap()
+    let file = memfd("record", record_bytes(u32::from(QUEUE_SIZE), false));
+    InflightRecord::map(file.as_raw_fd(), 0, u32::from(QUEUE_SIZE), false).unwrap()
 }
 
 impl Scene {

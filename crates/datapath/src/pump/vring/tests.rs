@@ -1,36 +1,55 @@
-use mpassthru_testing::driver::{RingLayout, Segment, Settlement, SplitDriver};
+use mpassthru_testing::driver::{QueueDriver, RingLayout, Segment, Settlement};
 use mpassthru_testing::memory::GuestPhysAddr;
 use proptest::prelude::*;
 
 use super::{Taken, VIRTIO_NET_F_HASH_REPORT, Vring};
 use crate::fixture::{
-    Guest, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, cases, was_signalled,
+    Guest, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, cases,
+    was_signalled,
 };
+use crate::virtqueue::Direction;
 
-fn vring(size: u16, features: u64) -> (SplitDriver, Vring) {
+fn vring(size: u16, features: u64) -> (QueueDriver, Vring) {
     let guest = Guest::of_pages(64);
     let layout = RingLayout::contiguous(GuestPhysAddr(0), size);
     let event_idx = features & VIRTIO_RING_F_EVENT_IDX != 0;
-    let driver = SplitDriver::new(&guest.vmm, layout, event_idx).unwrap();
+    let packed = features & VIRTIO_F_RING_PACKED != 0;
+    let driver = QueueDriver::new(&guest.vmm, layout, event_idx, packed).unwrap();
     let vring = Vring::new(guest.memory.clone(), guest.vring_config(&layout, features)).unwrap();
     (driver, vring)
 }
 
-fn post(driver: &mut SplitDriver, count: u16) {
+fn post(driver: &mut QueueDriver, count: u16) {
     for _ in 0..count {
         driver.add(&[Segment::writable(GuestPhysAddr(0x1_0000), 64)]).unwrap();
     }
     driver.publish();
 }
 
+/// Posts chains of one to three descriptors, as far as there is room.
+fn post_chains(driver: &mut QueueDriver, count: u16) {
+    for length in (1..4).cycle().take(usize::from(count)) {
+        let _full = driver.add(&vec![Segment::writable(GuestPhysAddr(0x1_0000), 64); length]);
+    }
+    driver.publish();
+}
+
+/// Takes what there is, `count` heads at most.
+fn take_some(vring: &mut Vring, count: u16) -> Vec<Taken> {
+    let mut chain = Vec::with_capacity(64);
+    let count = count.min(vring.queue.available().unwrap());
+    (0..count).map_while(|_| vring.queue.take(Direction::DeviceWrites, &mut chain).unwrap()).collect()
+}
+
 /// Takes `count` heads.
 fn take(vring: &mut Vring, count: u16) -> Vec<Taken> {
     assert!(vring.queue.available().unwrap() >= count);
-    (0..count).map(|_| vring.queue.take_head().unwrap()).collect()
+    let mut chain = Vec::with_capacity(64);
+    (0..count).map(|_| vring.queue.take(Direction::DeviceWrites, &mut chain).unwrap().unwrap()).collect()
 }
 
 /// Lets the driver take every used head back. Returns how many, and how many of them came back with length 0.
-fn release_used(driver: &mut SplitDriver) -> (u16, u16) {
+fn release_used(driver: &mut QueueDriver) -> (u16, u16) {
     let (mut all, mut empty) = (0, 0);
     while let Some(used) = driver.pop_used() {
         let used = used.unwrap();
@@ -41,8 +60,8 @@ fn release_used(driver: &mut SplitDriver) -> (u16, u16) {
     (all, empty)
 }
 
-fn settle(driver: &SplitDriver, vring: &Vring) -> Settlement {
-    driver.settle(vring.queue.next_avail()).unwrap()
+fn settle(driver: &QueueDriver, vring: &Vring) -> Settlement {
+    driver.settle(vring.queue.base()).unwrap()
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -71,20 +90,15 @@ proptest! {
 
     #[test]
     fn test_every_head_is_used_once_or_given_back_whatever_the_order(
-        steps in prop::collection::vec(step(), 1..80),
+        packed: bool, odd: bool, steps in prop::collection::vec(step(), 1..80),
     ) {
-        let (mut driver, mut vring) = vring(16, VIRTIO_F_VERSION_1);
+        let features = VIRTIO_F_VERSION_1 | if packed { VIRTIO_F_RING_PACKED } else { 0 };
+        let (mut driver, mut vring) = vring(if packed && odd { 11 } else { 16 }, features);
         let mut taken: Vec<Taken> = Vec::new();
         for step in steps.into_iter().chain([Step::GiveBack]) {
             match step {
-                Step::Post(count) => {
-                    let count = count.min(driver.free_descriptors());
-                    post(&mut driver, count);
-                }
-                Step::Take(count) => {
-                    let count = count.min(vring.queue.available().unwrap());
-                    taken.extend(take(&mut vring, count));
-                }
+                Step::Post(count) => post_chains(&mut driver, count),
+                Step::Take(count) => taken.extend(take_some(&mut vring, count)),
                 Step::Use(count, which) => {
                     for _ in 0..count.min(taken.len() as u16) {
                         let used = taken.swap_remove(which.index(taken.len()));
@@ -116,7 +130,7 @@ fn test_heads_taken_last_stay_in_the_avail_ring_and_those_before_a_used_one_retu
     let used = taken.remove(2);
     vring.queue.push_used(used.head, 8);
     vring.give_back(&mut taken);
-    assert_eq!(vring.queue.next_avail(), 3, "two of five rewound");
+    assert_eq!(vring.queue.base(), 3, "two of five rewound");
     assert_eq!(release_used(&mut driver), (3, 2), "one used, two in front of it returned empty");
     assert_eq!(settle(&driver, &vring), Settlement { given_back: 3, never_returned: 0, returned_twice: 0 });
 }

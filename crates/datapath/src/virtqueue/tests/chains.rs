@@ -125,7 +125,7 @@ fn test_loops_end() {
 #[test]
 fn test_chains_up_to_the_limit_are_walked_and_nothing_is_allocated() {
     let guest = guest();
-    let (ring, mut queue) = raw(&guest, 2048, false, 0);
+    let (ring, queue) = raw(&guest, 2048, false, 0);
     let long = |count: u16, address, len| {
         for index in 0..count {
             ring.set_descriptor(index, writable(address, len, (index + 1 < count).then_some(index + 1)));
@@ -133,18 +133,18 @@ fn test_chains_up_to_the_limit_are_walked_and_nothing_is_allocated() {
     };
     let mut pieces = Vec::with_capacity(CHAIN_DESCS_MAX);
     long(CHAIN_DESCS_MAX as u16, FAR, 1);
-    assert_eq!(queue.walk(0, Direction::DeviceWrites, &mut pieces), Ok(()));
+    assert_eq!(queue.walk(0, Direction::DeviceWrites, &mut 0, &mut pieces), Ok(()));
     assert_eq!((pieces.len(), pieces.capacity()), (CHAIN_DESCS_MAX, CHAIN_DESCS_MAX));
 
     let too_long = Err(QueueFault::ChainTooLong { head: 0, limit: CHAIN_DESCS_MAX as u32 });
     pieces.clear();
     long(CHAIN_DESCS_MAX as u16 + 1, FAR, 1);
-    assert_eq!(queue.walk(0, Direction::DeviceWrites, &mut pieces), too_long);
+    assert_eq!(queue.walk(0, Direction::DeviceWrites, &mut 0, &mut pieces), too_long);
 
     // Every piece becomes two: more than there is room for.
     pieces.clear();
     long(600, REGION_BYTES - 1, 2);
-    assert_eq!(queue.walk(0, Direction::DeviceWrites, &mut pieces), too_long);
+    assert_eq!(queue.walk(0, Direction::DeviceWrites, &mut 0, &mut pieces), too_long);
     assert_eq!(pieces.capacity(), CHAIN_DESCS_MAX);
 }
 
@@ -154,8 +154,8 @@ fn test_every_piece_must_go_the_queues_way() {
     let readable = Descriptor { flags: 0, ..writable(0x9000, 1, None) };
     let table = [writable(0x9000, 1, Some(1)), readable];
     assert_eq!(walk(&mut with(&guest, &table, TABLE, &[]), 0), Err(QueueFault::WrongDirection { head: 0 }));
-    let mut queue = with(&guest, &table, TABLE, &[]);
+    let queue = with(&guest, &table, TABLE, &[]);
     let mut pieces = Vec::with_capacity(CHAIN_DESCS_MAX);
-    assert_eq!(queue.walk(1, Direction::DeviceReads, &mut pieces), Ok(()));
-    assert_eq!(queue.walk(0, Direction::DeviceReads, &mut pieces), Err(QueueFault::WrongDirection { head: 0 }));
+    assert_eq!(queue.walk(1, Direction::DeviceReads, &mut 0, &mut pieces), Ok(()));
+    assert_eq!(queue.walk(0, Direction::DeviceReads, &mut 0, &mut pieces), Err(QueueFault::WrongDirection { head: 0 }));
 }

@@ -28,15 +28,17 @@ impl Machine {
     fn new() -> Self {
         let guest = guest();
         let driver = SplitDriver::new(&guest.vmm, layout(SIZE), false).unwrap();
-        let record = File::from(memfd("record", OFFSET + record_bytes(u32::from(SIZE))));
+        let record = File::from(memfd("record", OFFSET + record_bytes(u32::from(SIZE), false)));
         Self { guest, driver, record }
     }
 
     /// A device that starts at `base`, and how many heads were in flight.
     fn start(&self, base: u16) -> (SplitQueue, usize) {
-        let config = QueueConfig { base, ..self.guest.queue_config(&layout(SIZE), false) };
+        let config = QueueConfig { base: base.into(), ..self.guest.queue_config(&layout(SIZE), false) };
         let mut queue = SplitQueue::new(self.guest.memory.clone(), &config).unwrap();
-        let resumed = queue.resume(InflightRecord::map(self.record.as_raw_fd(), OFFSET, u32::from(SIZE)).unwrap());
+        let record = InflightRecord::map(self.record.as_raw_fd(), OFFSET, u32::from(SIZE), false).unwrap();
+        let InflightRecord::Split(record) = record else { panic!("asked for") };
+        let resumed = queue.resume(record);
         (queue, resumed)
     }
 
@@ -59,7 +61,7 @@ impl Machine {
     }
 
     fn read(&self) -> Vec<u8> {
-        let mut bytes = vec![0; record_bytes(u32::from(SIZE)) as usize];
+        let mut bytes = vec![0; record_bytes(u32::from(SIZE), false) as usize];
         self.record.read_exact_at(&mut bytes, OFFSET).unwrap();
         bytes
     }
@@ -191,7 +193,7 @@ proptest! {
 
     #[test]
     fn test_any_record_at_all_is_survived_and_pending_heads_stay_pending(
-        bytes in prop::collection::vec(any::<u8>(), record_bytes(SIZE.into()) as usize),
+        bytes in prop::collection::vec(any::<u8>(), record_bytes(SIZE.into(), false) as usize),
         flags in prop::collection::vec(any::<bool>(), usize::from(SIZE)),
         is_plausible: bool,
     ) {
@@ -329,10 +331,10 @@ fn test_a_base_that_cannot_be_is_the_used_index() {
 
 #[test]
 fn test_a_file_that_cannot_hold_a_record_is_refused() {
-    let short = memfd("short", record_bytes(8) - 1);
+    let short = memfd("short", record_bytes(8, false) - 1);
     let disk = File::open(std::env::current_exe().unwrap()).unwrap();
     for (fd, offset) in [(short.as_raw_fd(), 0), (disk.as_raw_fd(), 0), (memfd("odd", 4096).as_raw_fd(), 4)] {
-        let error = InflightRecord::map(fd, offset, 8).unwrap_err();
+        let error = InflightRecord::map(fd, offset, 8, false).unwrap_err();
         assert!(error.to_string().contains("cannot map the record of what is in flight"), "{error}");
     }
 }

@@ -1,10 +1,13 @@
 use std::sync::Arc;
 
-use super::{guest, raw};
+use mpassthru_testing::driver::{PackedDriver, RingLayout, Segment};
+use mpassthru_testing::memory::GuestPhysAddr;
+
+use super::{guest, layout, raw};
 use crate::fd::EventFd;
 use crate::fixture::{dirty_log, marked, was_signalled, write_log};
 use crate::guest_memory::DirtyLog;
-use crate::virtqueue::{Logged, SplitQueue, WriteLog};
+use crate::virtqueue::{Direction, Logged, PackedQueue, SplitQueue, Virtqueue, WriteLog};
 
 const SIZE: u16 = 1024;
 /// Where the used ring is logged: five bytes in front of a page's end.
@@ -60,6 +63,54 @@ fn test_wishes_for_kicks_are_marked() {
     assert_eq!(marked(&log, 16), [6, 7], "avail_event, 8196 bytes into the ring, lies across two pages");
 }
 
+/// A packed queue of four pages of ring from page 1 on, whose wishes are logged as if they were at `LOGGED_AT`.
+fn logged_packed() -> (PackedDriver, PackedQueue, Arc<DirtyLog>) {
+    let guest = guest();
+    let (driver, mut queue) = guest.packed_queue(RingLayout::packed(GuestPhysAddr(0x1000), SIZE), true);
+    let log = dirty_log(0x1_0000);
+    queue.set_log(Some(write_log(&log, LOGGED_AT)));
+    (driver, queue, log)
+}
+
+/// Lets `count` buffers through, one chain of `length` each time, and publishes at the end.
+fn pass(driver: &mut PackedDriver, queue: &mut PackedQueue, count: u16, length: usize) {
+    let buffer = Segment::writable(GuestPhysAddr(0x8000), 1);
+    for _ in 0..count {
+        driver.add(&vec![buffer; length]).unwrap();
+    }
+    driver.publish();
+    for _ in 0..count {
+        let taken = queue.take(Direction::DeviceWrites, &mut 0, &mut Vec::with_capacity(4)).unwrap().unwrap();
+        queue.push_used(taken.head, 0);
+    }
+    queue.publish_used();
+    while let Some(used) = driver.pop_used() {
+        driver.release(used.unwrap().head);
+    }
+}
+
+#[test]
+fn test_used_descriptors_of_a_packed_queue_are_marked_where_they_are() {
+    let (mut driver, mut queue, log) = logged_packed();
+    pass(&mut driver, &mut queue, 256, 1);
+    assert_eq!(marked(&log, 16), [1], "a page has 256 descriptors");
+    pass(&mut driver, &mut queue, 200, 3);
+    assert_eq!(marked(&log, 16), [2, 3, 4], "from 256 up to 856");
+    pass(&mut driver, &mut queue, 170, 1);
+    assert_eq!(marked(&log, 16), [1, 4], "across the end");
+    queue.publish_used();
+    assert!(marked(&log, 16).is_empty());
+}
+
+#[test]
+fn test_wishes_of_a_packed_queue_are_marked_where_the_front_end_says() {
+    let (_driver, mut queue, log) = logged_packed();
+    queue.disable_kicks();
+    assert_eq!(marked(&log, 16), [4]);
+    queue.enable_kicks();
+    assert_eq!(marked(&log, 16), [4]);
+}
+
 #[test]
 fn test_what_was_not_asked_for_is_not_marked() {
     let guest = guest();
@@ -67,7 +118,8 @@ fn test_what_was_not_asked_for_is_not_marked() {
         (Logged { buffers: true, ..Logged::default() }, [0].as_slice()),
         (Logged { buffers: false, used_ring: Some(crate::guest_memory::GuestPhysAddr(0x3000)) }, &[3]),
     ] {
-        let (_, mut queue) = raw(&guest, 4, false, 0);
+        let config = guest.queue_config(&layout(4), false);
+        let mut queue = Virtqueue::new(Arc::clone(&guest.memory), &config).unwrap();
         let log = dirty_log(0x1_0000);
         queue.set_log(Some(WriteLog { log: Arc::clone(&log), logged, notify: None }));
         queue.log_buffer(guest.umem(0x10), 4);

@@ -7,6 +7,10 @@ mod inflight;
 mod kicks;
 mod log;
 mod oracle;
+mod packed_chains;
+mod packed_events;
+mod packed_inflight;
+mod packed_rings;
 mod rings;
 mod threads;
 
@@ -42,7 +46,7 @@ fn raw(guest: &Guest, size: u16, event_idx: bool, index: u16) -> (RawRing, Split
     ring.set_avail_idx(index);
     guest.vmm.write(ring.layout().used.plus(2), &index.to_le_bytes()).unwrap();
     let config = guest.queue_config(ring.layout(), event_idx);
-    let queue = SplitQueue::new(guest.memory.clone(), &super::QueueConfig { base: index, ..config }).unwrap();
+    let queue = SplitQueue::new(guest.memory.clone(), &super::QueueConfig { base: index.into(), ..config }).unwrap();
     (ring, queue)
 }
 
@@ -59,7 +63,7 @@ fn indirect(address: u64, len: u32) -> Descriptor {
 /// Walks the rx chain that starts at descriptor `head`.
 fn walk(queue: &mut SplitQueue, head: u16) -> Result<Vec<Segment>, QueueFault> {
     let mut segments = Vec::with_capacity(super::CHAIN_DESCS_MAX);
-    queue.walk(head, Direction::DeviceWrites, &mut segments).map(|()| segments)
+    queue.walk(head, Direction::DeviceWrites, &mut 0, &mut segments).map(|()| segments)
 }
 
 /// Where guest-physical ranges lie, in one piece each.

@@ -110,7 +110,7 @@ proptest! {
         tables in prop::collection::vec(prop::collection::vec(descriptor(), 10), 2),
     ) {
         let guest = guest();
-        let (ring, mut queue) = raw(&guest, SIZE, false, 0);
+        let (ring, queue) = raw(&guest, SIZE, false, 0);
         for (index, &descriptor) in (0..).zip(&table) {
             ring.set_descriptor(index, descriptor);
         }
@@ -123,7 +123,7 @@ proptest! {
         let (pieces, ended) = other_walk(&other_view(&guest));
         let theirs = if ended { translated(&guest, &pieces) } else { None };
         let mut ours = Vec::with_capacity(CHAIN_DESCS_MAX);
-        let result = queue.walk(0, Direction::DeviceWrites, &mut ours);
+        let result = queue.walk(0, Direction::DeviceWrites, &mut 0, &mut ours);
         match (result, theirs) {
             (Ok(()), theirs) => prop_assert_eq!(Some(ours), theirs),
             (Err(_), None) => {}

@@ -186,11 +186,12 @@ impl Case<'_> {
         let config = VringConfig {
             queue: QueueConfig {
                 size,
-                base,
+                base: base.into(),
                 desc: self.world.user(ring.desc),
                 avail: self.world.user(ring.avail),
                 used: self.world.user(ring.used),
                 event_idx: false,
+                packed: false,
             },
             features,
             enabled: bits & 0x40 == 0,

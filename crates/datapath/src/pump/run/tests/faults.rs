@@ -2,7 +2,7 @@ use super::super::{COMPLETION_PERIOD, REFUSED_PERIOD};
 use super::{Bench, Command, Event, PollMode};
 use crate::error::QueueFault;
 use crate::fd::EventFd;
-use crate::fixture::was_signalled;
+use crate::fixture::{split, was_signalled};
 
 fn set_err(bench: &mut Bench, tx: bool) -> EventFd {
     let err = EventFd::new().unwrap();
@@ -19,7 +19,7 @@ fn test_a_broken_queue_stops_alone_and_is_reported_once() {
     bench.start(true);
     let err = [false, true].map(|tx| set_err(&mut bench, tx));
     bench.post(false, 2, 1600);
-    bench.drivers[1].ring().set_avail_idx(100);
+    split(&bench.drivers[1]).set_avail_idx(100);
     for _ in 0..3 {
         bench.pump.work();
         bench.pump.arm(true);
@@ -34,7 +34,7 @@ fn test_a_broken_queue_stops_alone_and_is_reported_once() {
     kernel.receive(&[1; 60], 0);
     bench.pump.work();
     assert_eq!(bench.take(false), 1, "rx goes on");
-    bench.drivers[1].ring().set_avail_idx(0);
+    split(&bench.drivers[1]).set_avail_idx(0);
     bench.stop(true);
     bench.start(true);
     bench.post(true, 1, 72);
@@ -47,7 +47,7 @@ fn test_a_fault_that_shows_before_sleeping_is_reported_too() {
     let mut bench = Bench::new(PollMode::Interrupt);
     let _kernel = bench.attach();
     bench.start(false);
-    bench.drivers[0].ring().set_avail_idx(33);
+    split(&bench.drivers[0]).set_avail_idx(33);
     assert!(!bench.pump.arm(true));
     assert!(matches!(bench.events.drain()[..], [Event::Fault { vring: 0, .. }]));
 }
@@ -59,13 +59,13 @@ fn test_what_was_received_before_a_fault_is_delivered_and_what_was_posted_comes_
     bench.post(false, 4, 1600);
     bench.start(false);
     kernel.receive(&[1; 60], 0);
-    bench.drivers[0].ring().set_avail_entry(4, 99);
-    bench.drivers[0].ring().set_avail_idx(5);
+    split(&bench.drivers[0]).set_avail_entry(4, 99);
+    split(&bench.drivers[0]).set_avail_idx(5);
     bench.pump.work();
     assert_eq!(bench.take(false), 1);
     kernel.receive(&[1; 60], 0);
     assert_eq!(bench.pump.work(), 0, "a broken queue gets no more frames");
-    bench.drivers[0].ring().set_avail_idx(4);
+    split(&bench.drivers[0]).set_avail_idx(4);
     bench.pump.execute(Command::Detach).unwrap();
     assert_eq!(bench.stop(false), 1);
     assert_eq!(bench.drivers[0].outstanding(), 3);

@@ -9,12 +9,14 @@ mod thread;
 
 use std::sync::Arc;
 
-use mpassthru_testing::driver::{RingLayout, Segment, SplitDriver};
+use mpassthru_testing::driver::{QueueDriver, RingLayout, Segment};
 use mpassthru_testing::memory::GuestPhysAddr;
 
 use super::{Command, CommandQueue, Event, EventQueue, PollMode, Pump, PumpView};
 use crate::error::Error;
-use crate::fixture::{Guest, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX};
+use crate::fixture::{
+    Guest, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX,
+};
 use crate::pump::VringConfig;
 use crate::xsk::test_kernel::TestKernel;
 use crate::xsk::{BindMode, UmemLayout};
@@ -40,7 +42,8 @@ struct Bench {
     commands: Arc<CommandQueue>,
     events: Arc<EventQueue>,
     /// rx and tx.
-    drivers: [SplitDriver; 2],
+    drivers: [QueueDriver; 2],
+    features: u64,
 }
 
 impl Bench {
@@ -48,12 +51,22 @@ impl Bench {
         Self::of(Guest::of_pages(64), poll)
     }
 
+    /// With packed virtqueues.
+    fn packed(poll: PollMode) -> Self {
+        Self::with(Guest::of_pages(64), poll, FEATURES | VIRTIO_F_RING_PACKED)
+    }
+
     fn of(guest: Guest, poll: PollMode) -> Self {
+        Self::with(guest, poll, FEATURES)
+    }
+
+    fn with(guest: Guest, poll: PollMode, features: u64) -> Self {
         let (commands, events) = (Arc::new(CommandQueue::new().unwrap()), Arc::new(EventQueue::new().unwrap()));
         let view = Arc::new(PumpView::default());
         let pump = Pump::new(0, poll, Arc::clone(&commands), Arc::clone(&events), view);
-        let drivers = RINGS.map(|layout| SplitDriver::new(&guest.vmm, layout, true).unwrap());
-        Self { guest, pump, commands, events, drivers }
+        let packed = features & VIRTIO_F_RING_PACKED != 0;
+        let drivers = RINGS.map(|layout| QueueDriver::new(&guest.vmm, layout, true, packed).unwrap());
+        Self { guest, pump, commands, events, drivers, features }
     }
 
     /// Gives the pump a socket whose kernel is ours, as Attach does with a real one.
@@ -71,7 +84,7 @@ impl Bench {
     }
 
     fn vring(&self, tx: bool) -> VringConfig {
-        self.guest.vring_config(&RINGS[usize::from(tx)], FEATURES)
+        self.guest.vring_config(&RINGS[usize::from(tx)], self.features)
     }
 
     fn start(&mut self, tx: bool) {
@@ -104,7 +117,7 @@ impl Bench {
     fn stop(&mut self, tx: bool) -> u64 {
         let base = self.pump.execute(Command::Stop { tx }).unwrap();
         self.take(tx);
-        let settled = self.drivers[usize::from(tx)].settle(base as u16).unwrap();
+        let settled = self.drivers[usize::from(tx)].settle(base as u32).unwrap();
         assert_eq!((settled.never_returned, settled.returned_twice), (0, 0));
         assert_eq!(settled.given_back, self.drivers[usize::from(tx)].outstanding());
         base

@@ -4,11 +4,11 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use mpassthru_testing::driver::{IndirectTables, RingLayout, Segment, SplitDriver, Used};
+use mpassthru_testing::driver::{IndirectTables, QueueDriver, RingLayout, Segment, Used};
 use mpassthru_testing::memory::GuestPhysAddr;
 
 use super::super::Rx;
-use crate::fixture::{Guest, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF};
+use crate::fixture::{Guest, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF};
 use crate::guest_memory::UmemAddr;
 use crate::pump::slab::Slab;
 use crate::pump::vring::Vring;
@@ -37,7 +37,7 @@ pub struct Bench {
     layout: RingLayout,
     features: u64,
     pub umem: UmemLayout,
-    pub driver: SplitDriver,
+    pub driver: QueueDriver,
     pub rx: Rx,
     pub xsk: XskSocket,
     pub kernel: TestKernel,
@@ -57,11 +57,16 @@ pub struct Bench {
 
 impl Bench {
     pub fn new(mergeable: bool, frame_max: u32) -> Self {
+        Self::of(VIRTIO_F_VERSION_1 | if mergeable { VIRTIO_NET_F_MRG_RXBUF } else { 0 }, frame_max)
+    }
+
+    /// With these features.
+    pub fn of(features: u64, frame_max: u32) -> Self {
         let guest = Guest::of_pages((SLOTS_AT + SLOT_BYTES * u64::from(QUEUE_SIZE)) / 4096);
         let layout = RingLayout::contiguous(GuestPhysAddr(0), QUEUE_SIZE);
-        let mut driver = SplitDriver::new(&guest.vmm, layout, false).unwrap();
+        let packed = features & VIRTIO_F_RING_PACKED != 0;
+        let mut driver = QueueDriver::new(&guest.vmm, layout, false, packed).unwrap();
         driver.use_indirect_tables(TABLES).unwrap();
-        let features = VIRTIO_F_VERSION_1 | if mergeable { VIRTIO_NET_F_MRG_RXBUF } else { 0 };
         let rx = Rx::new(Vring::new(guest.memory.clone(), guest.vring_config(&layout, features)).unwrap());
         let umem = UmemLayout::for_frames(frame_max).unwrap();
         let (kernel, xsk) = TestKernel::bind(&guest.memory, umem, BindMode::Copy);
@@ -204,7 +209,7 @@ impl Bench {
         (self.kernel, self.xsk) = TestKernel::bind(&self.guest.memory, self.umem, BindMode::Copy);
         self.rx.recall(&mut self.slab);
         let delivered = self.take();
-        let settled = self.driver.settle(self.rx.vring.queue.next_avail()).unwrap();
+        let settled = self.driver.settle(self.rx.vring.queue.base()).unwrap();
         assert_eq!((settled.never_returned, settled.returned_twice), (0, 0));
         assert_eq!(settled.given_back, self.driver.outstanding());
         assert_eq!(self.slab.used(), 0);
@@ -217,7 +222,7 @@ impl Bench {
     pub fn restart(&mut self) -> Vec<Delivered> {
         let delivered = self.stop();
         let mut config = self.guest.vring_config(&self.layout, self.features);
-        config.queue.base = self.rx.vring.queue.next_avail();
+        config.queue.base = self.rx.vring.queue.base();
         config.enabled = self.rx.vring.enabled;
         self.rx = Rx::new(Vring::new(self.guest.memory.clone(), config).unwrap());
         delivered

@@ -5,7 +5,7 @@ use mpassthru_testing::memory::GuestPhysAddr;
 use proptest::prelude::*;
 
 use super::bench::{Bench, Delivered, Shape, frame, number};
-use crate::fixture::cases;
+use crate::fixture::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, cases};
 use crate::pump::wait::sleep;
 use crate::stats::DropReason;
 use crate::xsk::test_kernel::Received;
@@ -55,9 +55,15 @@ fn step(frame_max: u32) -> impl Strategy<Value = Step> {
     ]
 }
 
+/// The features that every driver has, with split or with packed virtqueues.
+fn layout() -> impl Strategy<Value = u64> {
+    prop_oneof![Just(VIRTIO_F_VERSION_1), Just(VIRTIO_F_VERSION_1 | VIRTIO_F_RING_PACKED)]
+}
+
 /// Runs the steps; the bench checks each head and each guarded byte as it goes.
-fn run(mergeable: bool, frame_max: u32, steps: Vec<Step>) -> Result<(), TestCaseError> {
-    let mut bench = Bench::new(mergeable, frame_max);
+fn run(features: u64, frame_max: u32, steps: Vec<Step>) -> Result<(), TestCaseError> {
+    let mergeable = features & VIRTIO_NET_F_MRG_RXBUF != 0;
+    let mut bench = Bench::of(features, frame_max);
     let mut delivered = Vec::new();
     // Frames in the rx ring when the socket was closed: lost, as the wire loses them.
     let mut lost = 0;
@@ -125,16 +131,16 @@ proptest! {
 
     #[test]
     fn test_mergeable_buffers_of_any_shape_get_every_frame_whole_and_come_back_once(
-        steps in prop::collection::vec(step(600), 1..60),
+        layout in layout(), steps in prop::collection::vec(step(600), 1..60),
     ) {
-        run(true, 600, steps)?;
+        run(layout | VIRTIO_NET_F_MRG_RXBUF, 600, steps)?;
     }
 
     #[test]
     fn test_single_buffers_of_any_shape_get_every_frame_whole_and_come_back_once(
-        steps in prop::collection::vec(step(1524), 1..60),
+        layout in layout(), steps in prop::collection::vec(step(1524), 1..60),
     ) {
-        run(false, 1524, steps)?;
+        run(layout, 1524, steps)?;
     }
 }
 

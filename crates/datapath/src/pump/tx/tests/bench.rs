@@ -5,11 +5,11 @@
 
 use std::collections::HashMap;
 
-use mpassthru_testing::driver::{IndirectTables, RingLayout, Segment, SplitDriver};
+use mpassthru_testing::driver::{IndirectTables, QueueDriver, RingLayout, Segment};
 use mpassthru_testing::memory::GuestPhysAddr;
 
 use super::super::{Tx, TxInFlight};
-use crate::fixture::{Guest, VIRTIO_F_VERSION_1};
+use crate::fixture::{Guest, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use crate::pump::vring::Vring;
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::xsk::test_kernel::TestKernel;
@@ -52,10 +52,10 @@ impl Chain {
 pub struct Bench {
     guest: Guest,
     layout: RingLayout,
-    mode: BindMode,
     features: u64,
+    mode: BindMode,
     slot_bytes: u64,
-    pub driver: SplitDriver,
+    pub driver: QueueDriver,
     pub tx: Tx,
     pub flight: TxInFlight,
     pub xsk: XskSocket,
@@ -79,6 +79,16 @@ impl Bench {
         Self::for_frames(FRAME_MAX, mode, SLOT_BYTES)
     }
 
+    /// With packed virtqueues, if it is to have them.
+    pub fn packed(mut self, packed: bool) -> Self {
+        self.features |= if packed { VIRTIO_F_RING_PACKED } else { 0 };
+        self.driver = QueueDriver::new(&self.guest.vmm, self.layout, false, packed).unwrap();
+        self.driver.use_indirect_tables(TABLES).unwrap();
+        let config = self.guest.vring_config(&self.layout, self.features);
+        self.tx = Tx::new(Vring::new(self.guest.memory.clone(), config).unwrap());
+        self
+    }
+
     /// For frames of up to `frame_max` bytes, each with its memory in a slot.
     pub fn for_frames(frame_max: u32, mode: BindMode, slot_bytes: u64) -> Self {
         Self::with_features(VIRTIO_F_VERSION_1, frame_max, mode, slot_bytes)
@@ -90,7 +100,7 @@ impl Bench {
         let shared: Vec<u8> = (0..SHARED_BYTES).map(|i| (i * i / 7 + i) as u8).collect();
         guest.vmm.write(GuestPhysAddr(SHARED_AT), &shared).unwrap();
         let layout = RingLayout::contiguous(GuestPhysAddr(0), QUEUE_SIZE);
-        let mut driver = SplitDriver::new(&guest.vmm, layout, false).unwrap();
+        let mut driver = QueueDriver::new(&guest.vmm, layout, false, false).unwrap();
         driver.use_indirect_tables(TABLES).unwrap();
         let config = guest.vring_config(&layout, features);
         let tx = Tx::new(Vring::new(guest.memory.clone(), config).unwrap());
@@ -101,8 +111,8 @@ impl Bench {
         Self {
             guest,
             layout,
-            mode,
             features,
+            mode,
             slot_bytes,
             driver,
             tx,
@@ -270,11 +280,11 @@ impl Bench {
         // What was in the kernel's hands may have left or not: here it has.
         self.sent.0 = self.counts.frames;
         self.take();
-        let settled = self.driver.settle(self.tx.vring.queue.next_avail()).unwrap();
+        let settled = self.driver.settle(self.tx.vring.queue.base()).unwrap();
         assert_eq!((settled.never_returned, settled.returned_twice), (0, 0));
         assert_eq!(settled.given_back, self.driver.outstanding());
         let mut config = self.guest.vring_config(&self.layout, self.features);
-        config.queue.base = self.tx.vring.queue.next_avail();
+        config.queue.base = self.tx.vring.queue.base();
         config.enabled = self.tx.vring.enabled;
         self.tx = Tx::new(Vring::new(self.guest.memory.clone(), config).unwrap());
     }

@@ -120,16 +120,16 @@ proptest! {
 
     #[test]
     fn test_in_copy_mode_every_frame_leaves_whole_and_every_head_comes_back_once(
-        steps in prop::collection::vec(step(chain()), 1..80),
+        packed: bool, steps in prop::collection::vec(step(chain()), 1..80),
     ) {
-        run(Bench::new(BindMode::Copy), steps)?;
+        run(Bench::new(BindMode::Copy).packed(packed), steps)?;
     }
 
     #[test]
     fn test_with_exact_completions_every_frame_leaves_whole_and_every_head_comes_back_once(
-        steps in prop::collection::vec(step(chain()), 1..80),
+        packed: bool, steps in prop::collection::vec(step(chain()), 1..80),
     ) {
-        run(Bench::new(BindMode::ZeroCopy), steps)?;
+        run(Bench::new(BindMode::ZeroCopy).packed(packed), steps)?;
     }
 
     #[test]
