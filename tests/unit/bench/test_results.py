@@ -9,6 +9,7 @@ import pytest
 
 from bench.cpu import cpu_time
 from bench.load import Load, full_plan, quick_plan
+from bench.publish import short_table
 from bench.results import Peer, Results, Sample, Spread, rows_of, spread
 from bench.table import markdown
 
@@ -110,3 +111,12 @@ def test_cpu_time_of_this_process_goes_up() -> None:
         sum(range(10_000))
     assert now.total_s > before.total_s
     assert now.machine_s >= before.machine_s
+
+
+def test_the_short_table_names_what_was_not_measured() -> None:
+    load = Load(direction="tx", frame_bytes=64)
+    rows = rows_of((msgspec.structs.replace(sample("limit"), load=load),))
+    table = short_table(msgspec.structs.replace(results(()), rows=rows))
+    assert table.splitlines()[0] == "| | limit |"
+    assert "| tx, 64 bytes | 0.50 M/s, 500 ns |" in table
+    assert "| tx, 1514 bytes | missing |" in table
