@@ -25,7 +25,7 @@ def machine(placement: Placement) -> dict[str, str]:
         "placement": placement.text(),
         "load before": f"{os.getloadavg()[0]:.2f}",
         "mpassthru": f"{version('mpassthru')} {_revision()}",
-        "dpdk": _debian_version("dpdk"),
+        "dpdk": _debian_version("dpdk-dev"),
     }
 
 
