@@ -62,6 +62,8 @@ class Configure(_Message, frozen=True):
     """Of the interface, for messages."""
     zero_copy_rules: ZeroCopyRules | None = None
     """Set if `socket_mode` is `zero-copy`."""
+    tx_offloads: bool = False
+    """The guest may leave checksums and segmentation to us."""
     uid: int | None = None
     """The worker's user and group; None for both if the broker's own, who is not root then."""
     gid: int | None = None

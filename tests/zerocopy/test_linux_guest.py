@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from zero_copy_port import ZeroCopyPort, difference
+from zero_copy_port import ZeroCopyPort
 
 from conftest import DRIVERS
 from mpassthru.testing.child import run_child
+from mpassthru.testing.figures import difference
 from mpassthru.testing.initramfs import GuestKernel
 from mpassthru.testing.qemu import QemuGuest
 from mpassthru.testing.qemu_config import GuestConfig, GuestNic, VhostUserBackend

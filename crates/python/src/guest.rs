@@ -111,7 +111,7 @@ struct PySource {
     rate_frames_per_s: Option<f64>,
     burst: u16,
     first_sequence: Option<u32>,
-    header: Vec<u8>,
+    headers: Vec<Vec<u8>>,
 }
 
 impl PySource {
@@ -130,7 +130,7 @@ impl PySource {
             rate_frames_per_s: self.rate_frames_per_s,
             burst: self.burst,
             first_sequence: self.first_sequence,
-            header: self.header,
+            headers: self.headers,
         }
     }
 }

@@ -24,9 +24,10 @@ from mpassthru.broker.mode import ZeroCopyOptions, choose_rules, confirmed, outg
 from mpassthru.broker.packet import NoSteering, create_packet_socket
 from mpassthru.broker.port import Port, Steering
 from mpassthru.broker.status import AttachReport
+from mpassthru.broker.tx_offloads import TxOffloads, offers_tx_offloads
 from mpassthru.broker.worker_user import worker_ids
 from mpassthru.broker.xsk import create_socket
-from mpassthru.control import Configure, Mode, PollMode
+from mpassthru.control import Configure, Mode, PollMode, SocketMode
 from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.locked_memory import RUNTIME_DIR, Budget, LockedMemory, default_host_max_bytes
 from mpassthru.netdev import (
@@ -73,6 +74,7 @@ class AttachOptions:
     xdp: XdpChoice = "auto"
     steer: Steer = field(default_factory=Steer)
     poll: PollMode = "adaptive"
+    tx_offloads: TxOffloads = "auto"
     user: str | None = None
     """Whose process the worker is; None for `nobody`."""
     once: bool = False
@@ -210,6 +212,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
         if xdp_mode != "no":
             # Only now: Intel's drivers take a zero-copy socket once an XDP program is there.
             rules = await confirmed(rules, options.mode, interface, queue_ids, view, xdp_mode=xdp_mode)
+        socket_mode: SocketMode = "packet" if xdp_mode == "no" else "copy" if rules is None else "zero-copy"
         yield Attached(
             interface,
             xdp_mode,
@@ -222,8 +225,9 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
                 queue_ids=queue_ids,
                 mtu_bytes=interface.mtu_bytes,
                 frame_max_bytes=frame_max_bytes(interface),
-                socket_mode="packet" if xdp_mode == "no" else "copy" if rules is None else "zero-copy",
+                socket_mode=socket_mode,
                 zero_copy_rules=rules,
+                tx_offloads=offers_tx_offloads(options.tx_offloads, socket_mode, rules, view),
                 poll=options.poll,
                 uid=uid,
                 gid=gid,

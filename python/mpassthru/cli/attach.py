@@ -12,6 +12,7 @@ from rich.console import Console
 from mpassthru import event_loop
 from mpassthru.broker.attach import AttachOptions, attach
 from mpassthru.broker.mode import ZeroCopyOptions
+from mpassthru.broker.tx_offloads import TxOffloads
 from mpassthru.cli.backend import PrintCapabilities
 from mpassthru.cli.locked_memory import LockedMemoryAll, RuntimeDir
 from mpassthru.cli.recipe import GuestRecipe
@@ -87,6 +88,10 @@ def attach_command(
     poll: Annotated[
         Literal["busy", "adaptive", "interrupt"], typer.Option(help="How to wait for frames.")
     ] = "adaptive",
+    tx_offloads: Annotated[
+        TxOffloads,
+        typer.Option(help="Checksums and segmentation for the guest; auto: unless frames would be copied for it."),
+    ] = "auto",
     user: Annotated[
         str | None, typer.Option(metavar="NAME", help="Run the worker as this user, not root; nobody if left out.")
     ] = None,
@@ -137,6 +142,7 @@ def attach_command(
             steer, mac or [], groups=multicast_group or [], vlans=vlans, broadcast=broadcast, multicast=multicast
         ),
         poll=poll,
+        tx_offloads=tx_offloads,
         user=user,
         once=once,
         interval_s=interval_s,

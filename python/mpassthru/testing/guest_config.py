@@ -132,7 +132,7 @@ class Source:
         rate_frames_per_s: Of each queue pair; None for as fast as it goes.
         burst: Frames published at once, at most.
         first_sequence: Of the pattern; None to go on where this queue pair's last source ended.
-        header: The virtio-net header of each frame; empty for zeros.
+        headers: Virtio-net headers, for frames in turn (see `NetHeader`); none for zeros.
     """
 
     frames: tuple[bytes, ...] = ()
@@ -141,7 +141,7 @@ class Source:
     rate_frames_per_s: float | None = None
     burst: int = 64
     first_sequence: int | None = None
-    header: bytes = b""
+    headers: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

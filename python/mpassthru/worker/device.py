@@ -58,6 +58,13 @@ FEATURES: Final = (
     | VirtioFeature.VHOST_F_LOG_ALL
     | VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES
 )
+TX_OFFLOADS: Final = (
+    VirtioFeature.VIRTIO_NET_F_CSUM
+    | VirtioFeature.VIRTIO_NET_F_HOST_TSO4
+    | VirtioFeature.VIRTIO_NET_F_HOST_TSO6
+    | VirtioFeature.VIRTIO_NET_F_HOST_ECN
+    | VirtioFeature.VIRTIO_NET_F_HOST_USO
+)
 PROTOCOL_FEATURES: Final = (
     ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_LOG_SHMFD
@@ -103,6 +110,8 @@ class PortDevice:
         self.features = int(FEATURES)
         if self.queue_pairs_max > 1:
             self.features |= VirtioFeature.VIRTIO_NET_F_MQ
+        if configuration.tx_offloads:
+            self.features |= TX_OFFLOADS
         if wants_longer_buffers(configuration.zero_copy_rules):
             self.features |= VirtioFeature.VIRTIO_NET_F_HASH_REPORT
         self.protocol_features = int(PROTOCOL_FEATURES)

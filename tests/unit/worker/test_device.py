@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import msgspec
 import pytest
 from fake_engine import FakeEngine
 
@@ -601,6 +602,22 @@ def test_multiqueue_is_offered_only_with_several_queues() -> None:
     assert features(2) & VirtioFeature.VIRTIO_NET_F_MQ
 
 
-@pytest.mark.parametrize("feature", ["VIRTIO_NET_F_CSUM", "VIRTIO_F_IN_ORDER", "VIRTIO_F_RING_PACKED"])
+def test_tx_offloads_are_offered_where_the_broker_says_so() -> None:
+    def features(**changed: bool) -> int:
+        return PortDevice(
+            cast(Any, None),
+            cast(Any, None),
+            msgspec.structs.replace(configuration(1), **changed),
+            on_running=lambda _: None,
+            on_resumed=print,
+            notice=print,
+            trouble=print,
+        ).features
+
+    assert not features() & device_module.TX_OFFLOADS
+    assert features(tx_offloads=True) & device_module.TX_OFFLOADS == device_module.TX_OFFLOADS
+
+
+@pytest.mark.parametrize("feature", ["VIRTIO_NET_F_HOST_UFO", "VIRTIO_F_IN_ORDER", "VIRTIO_F_RING_PACKED"])
 def test_what_is_not_built_is_not_offered(feature: str) -> None:
     assert not device_module.FEATURES & VirtioFeature[feature]

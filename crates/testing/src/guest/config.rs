@@ -191,15 +191,15 @@ pub struct SourceConfig {
     pub burst: u16,
     /// Sequence of the first pattern frame; `None` goes on where this queue's last source ended.
     pub first_sequence: Option<u32>,
-    /// The virtio-net header of each frame; empty for all zeros.
-    pub header: Vec<u8>,
+    /// Virtio-net headers, for frames in turn; none for zeros.
+    pub headers: Vec<Vec<u8>>,
 }
 
 impl SourceConfig {
     /// An unlimited source.
     #[must_use]
     pub fn new(payload: Payload) -> Self {
-        Self { payload, count: None, rate_frames_per_s: None, burst: 64, first_sequence: None, header: Vec::new() }
+        Self { payload, count: None, rate_frames_per_s: None, burst: 64, first_sequence: None, headers: Vec::new() }
     }
 
     pub(super) fn check(&self, header_bytes: usize, capacity_bytes: usize) -> Result<()> {
@@ -220,8 +220,8 @@ impl SourceConfig {
                 "frames of {longest} bytes and a header of {header_bytes} exceed tx buffers of {capacity_bytes} bytes"
             )));
         }
-        if !self.header.is_empty() && self.header.len() != header_bytes {
-            return Err(Error::config(format!("the virtio-net header has {header_bytes} bytes")));
+        if self.headers.iter().any(|header| header.len() != header_bytes) {
+            return Err(Error::config(format!("a virtio-net header has {header_bytes} bytes")));
         }
         if self.burst == 0 || self.rate_frames_per_s.is_some_and(|rate| !(rate > 0.0 && rate.is_finite())) {
             return Err(Error::config("burst and rate of a source must be above zero"));

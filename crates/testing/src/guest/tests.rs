@@ -367,6 +367,28 @@ fn test_roles_change_without_the_device_noticing() {
 }
 
 #[test]
+fn test_headers_are_used_in_turn_with_frames() {
+    let mut bench = Bench::new(config(MODERN));
+    let headers = vec![vec![1; 12], vec![2; 12]];
+    let source = SourceConfig {
+        count: Some(3),
+        headers: headers.clone(),
+        ..SourceConfig::new(Payload::Fixed(vec![vec![7; 60], vec![8; 60]]))
+    };
+    bench.start(RxRole::Idle, Some(source));
+    let sent: Vec<_> = (0..3).map(|_| bench.transmit()).collect();
+    assert_eq!(
+        sent.iter().map(|chain| chain[..12].to_vec()).collect::<Vec<_>>(),
+        [&headers[..], &headers[..1]].concat()
+    );
+    assert_eq!([sent[0][12], sent[1][12], sent[2][12]], [7, 8, 7]);
+
+    let bench = Bench::new(config(MODERN));
+    let too_short = SourceConfig { headers: vec![vec![0; 10]], ..SourceConfig::new(Payload::Fixed(vec![vec![7; 60]])) };
+    assert!(bench.guest.start(0, RxRole::Idle, Some(too_short), false).is_err());
+}
+
+#[test]
 fn test_rate_is_kept() {
     let mut bench = Bench::new(config(MODERN));
     let source = SourceConfig {

@@ -176,10 +176,14 @@ impl TxQueue {
     /// Makes header and frame in `made`; returns their length.
     fn make(&mut self, config: &SourceConfig, content: Content) -> usize {
         let (header, frame) = self.made.split_at_mut(self.header_bytes);
-        if config.header.is_empty() {
-            header.fill(0)
-        } else {
-            header.copy_from_slice(&config.header)
+        let number = match content {
+            Content::Fixed(which) => which,
+            Content::Sequence(sequence) => sequence as usize,
+            Content::Unknown => 0,
+        };
+        match config.headers.get(number % config.headers.len().max(1)) {
+            Some(made) => header.copy_from_slice(made),
+            None => header.fill(0),
         }
         let frame_bytes = match (&config.payload, content) {
             (Payload::Fixed(frames), Content::Fixed(which)) => {
