@@ -354,6 +354,9 @@ impl Rx {
     /// Posts slab frames: one for each group of waiting heads that is sure to hold the longest frame. The first is
     /// promised exactly what it needs, so that one tiny buffer among many does not make every group too large.
     fn post_slab_frames(&mut self, xsk: &mut XskSocket, slab: &mut Slab) {
+        if self.waiting.is_empty() {
+            return;
+        }
         let longest = self.vring.header_len + xsk.layout.frame_max;
         if slab.used() == 0 {
             self.waiting_min_bytes = self.waiting.iter().map(|head| head.capacity_bytes).min().unwrap_or(u32::MAX);
