@@ -27,7 +27,7 @@ from mpassthru.vhost_user.memory import MemoryRegion
 from mpassthru.vhost_user.vring import VRING_SIZE_MAX
 
 PAGE_BYTES: Final = 4096
-SLOT_BYTES: Final = PAGE_BYTES + -(-record_bytes(VRING_SIZE_MAX) // PAGE_BYTES) * PAGE_BYTES
+SLOT_BYTES: Final = PAGE_BYTES + -(-record_bytes(VRING_SIZE_MAX, packed=True) // PAGE_BYTES) * PAGE_BYTES
 _RING_PART = struct.Struct("=QQQ")
 """Device and inode of the file that a part of a ring is in, and the offset in it."""
 _RING_FACTS = struct.Struct("=QI4x")

@@ -60,12 +60,13 @@ class FloodedGuest:
 
 
 @asynccontextmanager
-async def flooded_guest(folder: Path) -> AsyncIterator[FloodedGuest]:
+async def flooded_guest(folder: Path, *, packed: bool = False) -> AsyncIterator[FloodedGuest]:
     """A QEMU guest on a port, both of which have to stay in good order until the end of the block."""
+    properties = {"packed": "on"} if packed else {}
     path = folder / "port.sock"
     config = GuestConfig(
         kernel=find_kernel(),
-        nics=(GuestNic(backend=VhostUserBackend(socket_path=path), mac=GUEST_MAC),),
+        nics=(GuestNic(backend=VhostUserBackend(socket_path=path), mac=GUEST_MAC, properties=properties),),
         programs=(find_program("ethtool", "ethtool"),),
         extra_arguments=("-action", "reboot=reset"),
     )
@@ -104,8 +105,10 @@ async def test_rebooted_guest_has_its_network_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_driver_unbound_and_bound_under_flood_has_its_network_again(tmp_path: Path) -> None:
-    async with flooded_guest(tmp_path) as flooded:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+async def test_driver_unbound_and_bound_under_flood_has_its_network_again(tmp_path: Path, packed: bool) -> None:
+    async with flooded_guest(tmp_path, packed=packed) as flooded:
+        assert bool(await flooded.features() & VirtioFeature.VIRTIO_F_RING_PACKED) == packed
         device = (await flooded.guest.run("basename $(readlink /sys/class/net/eth0/device)")).output.strip()
         for _ in range(ROUNDS):
             await flooded.guest.run(STOP_PINGS, check=False)

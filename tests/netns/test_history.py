@@ -16,9 +16,10 @@ import pytest
 
 from mpassthru.testing.attached_port import AttachedPort, attached_port
 from mpassthru.testing.guest import BuiltinGuest
-from mpassthru.testing.guest_config import GuestConfig, Pattern, Source
+from mpassthru.testing.guest_config import DEFAULT_FEATURES, GuestConfig, Pattern, Source
 from mpassthru.testing.netns import Namespace, set_offloads
 from mpassthru.testing.wire import PacketWire
+from mpassthru.vhost_user import VirtioFeature
 
 TIMEOUT_S = 20.0
 MAC_A, MAC_B = bytes.fromhex("02000000000a"), bytes.fromhex("02000000000b")
@@ -26,10 +27,13 @@ SIZES = (60, 64, 512, 1514)
 
 
 @asynccontextmanager
-async def guest_on(namespace: Namespace, path: Path, *options: str) -> AsyncIterator[tuple[AttachedPort, BuiltinGuest]]:
+async def guest_on(
+    namespace: Namespace, path: Path, *options: str, features: int = 0
+) -> AsyncIterator[tuple[AttachedPort, BuiltinGuest]]:
+    config = GuestConfig(features=DEFAULT_FEATURES | features)
     async with attached_port(namespace, path, *options) as port:
         await port.until_said("is ready")
-        async with BuiltinGuest.connect(path, GuestConfig(), timeout_s=TIMEOUT_S) as guest:
+        async with BuiltinGuest.connect(path, config, timeout_s=TIMEOUT_S) as guest:
             yield port, guest
 
 
@@ -71,10 +75,14 @@ async def test_disabled_rings_drain_and_carry_frames_again_once_enabled(veth: Na
     assert not report.troubles
 
 
-async def test_no_frame_is_lost_that_rings_of_the_default_size_have_room_for(veth: Namespace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("features", [0, VirtioFeature.VIRTIO_F_RING_PACKED], ids=["split", "packed"])
+async def test_no_frame_is_lost_that_rings_of_the_default_size_have_room_for(
+    veth: Namespace, tmp_path: Path, features: int
+) -> None:
     """OVS: "additional packet loss may be observed"."""
     count, portion = 9600, 96
-    async with guest_on(veth, tmp_path / "s") as (port, guest), PacketWire(veth.peer_ifindex) as wire:
+    wire = PacketWire(veth.peer_ifindex)
+    async with guest_on(veth, tmp_path / "s", features=features) as (port, guest), wire:
         guest.start(rx="check")
         await wire.send_in_portions(
             Pattern(sizes=SIZES), count=count, portion=portion, arrived=lambda: guest.counters().check_good

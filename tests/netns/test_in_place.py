@@ -22,6 +22,7 @@ ETH_P_ALL = 3
 PACKET_OUTGOING = 4
 NOT_MERGEABLE = DEFAULT_FEATURES & ~VirtioFeature.VIRTIO_NET_F_MRG_RXBUF
 LEGACY = NOT_MERGEABLE & ~VirtioFeature.VIRTIO_F_VERSION_1
+PACKED = DEFAULT_FEATURES | VirtioFeature.VIRTIO_F_RING_PACKED
 WINDOW = 16
 """Frames on their way at once: fewer than any ring or socket buffer holds, so that none is lost."""
 
@@ -32,6 +33,9 @@ RX_DIRECT = {
     "header-apart": GuestConfig(rx=BufferLayout(pieces=(12, 1518), stride_bytes=1519, offset_bytes=1)),
     "legacy-header": GuestConfig(features=LEGACY, rx=BufferLayout(pieces=(10, 1600))),
     "indirect": GuestConfig(rx=BufferLayout(pieces=(12, 2048), indirect=True)),
+    "packed": GuestConfig(features=PACKED, queue_size=251, rx=BufferLayout(pieces=(1536,))),
+    "packed-header-apart": GuestConfig(features=PACKED, rx=BufferLayout(pieces=(12, 1518), stride_bytes=1519)),
+    "packed-indirect": GuestConfig(features=PACKED, rx=BufferLayout(pieces=(12, 2048), indirect=True)),
     "second-region": GuestConfig(
         regions=(Region(size_bytes=4 << 20), Region(guest_phys_address=0x1_0000_0000, size_bytes=8 << 20)),
         rx=BufferLayout(pieces=(1536,), region=1),
@@ -41,6 +45,7 @@ RX_BOUNCED = {
     "small-buffers": (GuestConfig(rx=BufferLayout(pieces=(256,))), "short_buffer"),
     "one-byte-short": (GuestConfig(rx=BufferLayout(pieces=(1529,))), "short_buffer"),
     "split-buffers": (GuestConfig(rx=BufferLayout(pieces=(700, 30, 1000), offset_bytes=5)), "split_buffer"),
+    "packed-small": (GuestConfig(features=PACKED, queue_size=251, rx=BufferLayout(pieces=(256,))), "short_buffer"),
     "split-header": (GuestConfig(features=NOT_MERGEABLE, rx=BufferLayout(pieces=(7, 5, 1600))), "split_buffer"),
 }
 TX_DIRECT = {
@@ -50,6 +55,13 @@ TX_DIRECT = {
     "scattered": GuestConfig(tx=BufferLayout(pieces=(12, *(191,) * 8), stride_bytes=211, offset_bytes=7)),
     "indirect": GuestConfig(tx=BufferLayout(pieces=(12, 31, 1600), stride_bytes=1777, indirect=True)),
     "legacy-header": GuestConfig(features=LEGACY, tx=BufferLayout(pieces=(10, 1600))),
+    "packed": GuestConfig(features=PACKED, tx=BufferLayout(pieces=(2048,))),
+    "packed-scattered": GuestConfig(
+        features=PACKED, queue_size=251, tx=BufferLayout(pieces=(12, *(191,) * 8), stride_bytes=211, offset_bytes=7)
+    ),
+    "packed-indirect": GuestConfig(
+        features=PACKED, tx=BufferLayout(pieces=(12, 31, 1600), stride_bytes=1777, indirect=True)
+    ),
 }
 
 
@@ -112,8 +124,7 @@ async def receive_every_size(
 
 def proving(config: GuestConfig) -> GuestConfig:
     return GuestConfig(
-        **{name: getattr(config, name) for name in ("regions", "features", "rx", "tx")},
-        queue_size=256,
+        **{name: getattr(config, name) for name in ("regions", "queue_size", "features", "rx", "tx")},
         canaries=True,
         capture_frames=len(SIZES),
     )

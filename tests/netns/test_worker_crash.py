@@ -18,10 +18,17 @@ from mpassthru.broker.status import AttachReport
 from mpassthru.testing.attached_port import AttachedPort, attached_port
 from mpassthru.testing.child import until_gone
 from mpassthru.testing.guest import BuiltinGuest
-from mpassthru.testing.guest_config import DEFAULT_PROTOCOL_FEATURES, BufferLayout, GuestConfig, Pattern, Source
+from mpassthru.testing.guest_config import (
+    DEFAULT_FEATURES,
+    DEFAULT_PROTOCOL_FEATURES,
+    BufferLayout,
+    GuestConfig,
+    Pattern,
+    Source,
+)
 from mpassthru.testing.netns import Namespace
 from mpassthru.testing.wire import PacketWire
-from mpassthru.vhost_user import Frontend, ProtocolFeature
+from mpassthru.vhost_user import Frontend, ProtocolFeature, VirtioFeature
 
 RecordFigure = Callable[[str, object], None]
 
@@ -41,6 +48,7 @@ WHO_KEEPS_THE_RECORD = {
     # As QEMU: it starts a new back-end at the used index.
     "broker": ProtocolFeature(0),
 }
+RINGS = {"split": VirtioFeature(0), "packed": VirtioFeature.VIRTIO_F_RING_PACKED}
 
 
 @dataclass
@@ -55,10 +63,11 @@ class Crashes:
         return report.worker == "ready" and report.mode == "copy" and report.worker_pid != self.last_worker
 
 
-def config(keeper: str) -> GuestConfig:
+def config(keeper: str, rings: str) -> GuestConfig:
     """A guest of which every byte is watched."""
     return GuestConfig(
         queue_size=QUEUE_SIZE,
+        features=DEFAULT_FEATURES | RINGS[rings],
         protocol_features=DEFAULT_PROTOCOL_FEATURES | WHO_KEEPS_THE_RECORD[keeper],
         rx=BufferLayout(pieces=(1536,)),
         tx=BufferLayout(count=200, pieces=(12, *(PIECE_BYTES,) * PIECES), stride_bytes=81, indirect=True),
@@ -82,16 +91,17 @@ async def crash(port: AttachedPort, path: Path, guest: BuiltinGuest, wire: Packe
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rings", RINGS)
 @pytest.mark.parametrize("keeper", WHO_KEEPS_THE_RECORD)
 async def test_heads_that_were_used_in_another_order_than_taken_are_used_once(
-    veth: Namespace, tmp_path: Path, keeper: str
+    veth: Namespace, tmp_path: Path, keeper: str, rings: str
 ) -> None:
     """While the interface is down, copied frames are done and the others, between them, wait in the kernel."""
     frames = 100
     wire = PacketWire(veth.peer_ifindex)
     async with attached_port(veth, tmp_path / "port.sock") as port, wire:
         await port.until_said("is ready")
-        async with BuiltinGuest.connect(tmp_path / "port.sock", config(keeper), timeout_s=TIMEOUT_S) as guest:
+        async with BuiltinGuest.connect(tmp_path / "port.sock", config(keeper, rings), timeout_s=TIMEOUT_S) as guest:
             veth.run("ip", "link", "set", veth.ifname, "down")
             guest.start(source=Source(pattern=FROM_GUEST, count=frames), polling=True)
             await guest.wait_for(lambda counters: counters.tx_frames == frames // 2, deadline_s=TIMEOUT_S)
@@ -112,7 +122,7 @@ async def test_heads_that_were_used_in_another_order_than_taken_are_used_once(
 
 
 async def crash_often(
-    namespace: Namespace, path: Path, keeper: str, kills: int, record_figure: RecordFigure
+    namespace: Namespace, path: Path, config: GuestConfig, kills: int, record_figure: RecordFigure
 ) -> list[float]:
     """Kill so many workers, and hold the guest's account against it. Returns how long each time traffic was away."""
     moments = random.Random(kills)
@@ -120,7 +130,7 @@ async def crash_often(
     wire = PacketWire(namespace.peer_ifindex)
     async with attached_port(namespace, path) as port, wire:
         await port.until_said("is ready")
-        async with BuiltinGuest.connect(path, config(keeper), timeout_s=TIMEOUT_S) as guest:
+        async with BuiltinGuest.connect(path, config, timeout_s=TIMEOUT_S) as guest:
             guest.start(rx="check", source=Source(pattern=FROM_GUEST))
             wire.start_sending(TO_GUEST, count=ENDLESS)
             for kill in range(kills):
@@ -154,19 +164,21 @@ async def crash_often(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rings", RINGS)
 @pytest.mark.parametrize("keeper", WHO_KEEPS_THE_RECORD)
 async def test_no_head_is_lost_or_used_twice_when_the_worker_is_killed(
-    veth: Namespace, tmp_path: Path, keeper: str, record_figure: RecordFigure
+    veth: Namespace, tmp_path: Path, keeper: str, rings: str, record_figure: RecordFigure
 ) -> None:
     # How long traffic was away is judged in the long form, with which nothing else runs on the machine.
-    await crash_often(veth, tmp_path / "port.sock", keeper, 5, record_figure)
+    await crash_often(veth, tmp_path / "port.sock", config(keeper, rings), 5, record_figure)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("rings", RINGS)
 @pytest.mark.parametrize("keeper", WHO_KEEPS_THE_RECORD)
 async def test_no_head_is_lost_or_used_twice_when_the_worker_is_killed_a_hundred_times(
-    veth: Namespace, tmp_path: Path, keeper: str, record_figure: RecordFigure
+    veth: Namespace, tmp_path: Path, keeper: str, rings: str, record_figure: RecordFigure
 ) -> None:
-    back_after_s = await crash_often(veth, tmp_path / "port.sock", keeper, 100, record_figure)
+    back_after_s = await crash_often(veth, tmp_path / "port.sock", config(keeper, rings), 100, record_figure)
     assert max(back_after_s) < BACK_WITHIN_S

@@ -33,6 +33,7 @@ from mpassthru.vhost_user.frontend import Frontend
 from mpassthru.vhost_user.inflight import InflightArea
 from mpassthru.vhost_user.memory import MemoryRegion
 from mpassthru.vhost_user.message import VringAddress
+from mpassthru.vhost_user.vring import PACKED_START, is_packed
 
 POLL_INTERVAL_S = 0.002
 
@@ -125,7 +126,8 @@ class BuiltinGuest:
         with frontend:
             features = await _negotiate(frontend, config)
             driver = GuestDriver(config, features)
-            guest = cls(config, frontend, driver, bases=[0] * (2 * config.queue_pairs))
+            guest = cls(config, frontend, driver, bases=[])
+            guest.bases = guest._first_bases()
             try:
                 if start_device:
                     await guest.start_device()
@@ -220,7 +222,7 @@ class BuiltinGuest:
         if self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_RESET_DEVICE):
             await self.frontend.reset_device()
         self.driver.reset()
-        self.bases = [0] * len(self.bases)
+        self.bases = self._first_bases()
         await self.start_device()
 
     async def reconnect(self, frontend: Frontend) -> None:
@@ -235,10 +237,16 @@ class BuiltinGuest:
         self.frontend = frontend
         if await _negotiate(frontend, self.config) != features:
             raise RefusedError("the back-end came back with other features: reset the guest instead")
-        self.bases = [self.ring(index).used_idx for index in self.vrings]
+        # Packed rings have no index in memory: QEMU tells the next back-end what it told the last one.
+        if not is_packed(features):
+            self.bases = [self.ring(index).used_idx for index in self.vrings]
         # First, so that nothing which waits in the tx rings is discarded (vhost-user.rst, "Ring states").
         await self._enable_vrings()
         await self.start_device()
+
+    def _first_bases(self) -> list[int]:
+        first = PACKED_START if is_packed(self.frontend.features) else 0
+        return [first for _ in self.vrings]
 
     @property
     def vrings(self) -> range:

@@ -14,16 +14,19 @@ from mpassthru.errors import ProtocolError
 from mpassthru.sealed_memory import make_sealed_memory
 from mpassthru.vhost_user.message import Inflight
 
-RECORD_HEADER_BYTES = 16
-DESCRIPTOR_STATE_BYTES = 16
-"""QueueRegionSplit and DescStateSplit."""
+RECORD_HEADER_BYTES = 32
+"""QueueRegionPacked; QueueRegionSplit has 16."""
+_SPLIT = (16, 16)
+_PACKED = (32, 32)
+"""QueueRegionSplit and DescStateSplit, QueueRegionPacked and DescStatePacked."""
 ALIGNMENT_BYTES = 64
 """Of each record, so that no two virtqueues share a cache line."""
 
 
-def record_bytes(queue_size: int) -> int:
-    """What the record of a split virtqueue takes, up to the next one."""
-    size_bytes = RECORD_HEADER_BYTES + DESCRIPTOR_STATE_BYTES * queue_size
+def record_bytes(queue_size: int, *, packed: bool) -> int:
+    """What the record of a virtqueue takes, up to the next one."""
+    header_bytes, state_bytes = _PACKED if packed else _SPLIT
+    size_bytes = header_bytes + state_bytes * queue_size
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
@@ -36,12 +39,12 @@ class InflightArea:
 
     @classmethod
     def make(cls, queues: int, queue_size: int) -> InflightArea:
-        """Make an empty area.
+        """Make an empty area, for virtqueues of either layout: which they have may not be known yet.
 
         Raises:
             HostError: there is no memory or descriptor for it.
         """
-        size_bytes = queues * record_bytes(queue_size)
+        size_bytes = queues * record_bytes(queue_size, packed=True)
         fd = make_sealed_memory("mpassthru-inflight-area", size_bytes)
         return cls(Inflight(size_bytes, 0, queues, queue_size), fd)
 
@@ -52,7 +55,7 @@ class InflightArea:
         Raises:
             ProtocolError: the area cannot hold its records, or is not all in its file; `fd` stays the caller's.
         """
-        needed_bytes = description.queues * record_bytes(description.queue_size)
+        needed_bytes = description.queues * record_bytes(description.queue_size, packed=False)
         if description.size_bytes < needed_bytes:
             raise ProtocolError(f"an area of {description.size_bytes} bytes; its records take {needed_bytes}")
         if description.mmap_offset % 8:
@@ -64,7 +67,7 @@ class InflightArea:
             raise ProtocolError(f"the area ends at {end:#x}, beyond its file of {status.st_size:#x} bytes")
         return cls(description, fd)
 
-    def record_offset(self, index: int, ring_size: int) -> int | None:
+    def record_offset(self, index: int, ring_size: int, *, packed: bool) -> int | None:
         """Where in the file the record of a vring is; None if the area has none for it.
 
         Raises:
@@ -77,7 +80,13 @@ class InflightArea:
                 f"vring {index} of {ring_size} entries; the area for what is in flight was made for "
                 f"{self.description.queue_size}"
             )
-        return self.description.mmap_offset + index * record_bytes(self.description.queue_size)
+        each_bytes = record_bytes(self.description.queue_size, packed=packed)
+        if (index + 1) * each_bytes > self.description.size_bytes:
+            raise ProtocolError(
+                f"vring {index}: the area for what is in flight, of {self.description.size_bytes} bytes, was made for "
+                "split virtqueues"
+            )
+        return self.description.mmap_offset + index * each_bytes
 
     def close(self) -> None:
         """Close the descriptor."""

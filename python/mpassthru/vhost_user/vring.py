@@ -25,6 +25,9 @@ VRING_SIZE_MAX = 32768
 
 SPLIT_BASE_MAX = 0xFFFF
 
+PACKED_START = 0x8000_8000
+"""The base of a packed virtqueue that nobody has used: in each half a ring offset, and the wrap counter in bit 15."""
+
 
 class RingPhase(Enum):
     """Where a vring stands. Enabled or disabled is independent of it."""
@@ -173,7 +176,8 @@ class Ring:
         return not self._outside(memory, is_packed(features))
 
     def _vring(self, size: int, base: int, address: VringAddress, features: int) -> Vring:
-        offset = self.inflight.record_offset(self.index, size) if self.inflight else None
+        packed = is_packed(features)
+        offset = self.inflight.record_offset(self.index, size, packed=packed) if self.inflight else None
         return Vring(
             size=size,
             base=base,
@@ -197,6 +201,8 @@ class Ring:
             raise ProtocolError(f"vring {self.index} of {vring.size} entries; a split virtqueue has a power of two")
         if not packed and vring.base > SPLIT_BASE_MAX:
             raise ProtocolError(f"vring {self.index} starts at {vring.base}; avail indices have 16 bits")
+        if packed and vring.base & 0x7FFF >= vring.size:
+            raise ProtocolError(f"vring {self.index} starts at {vring.base:#x}, outside its {vring.size} descriptors")
         if outside := self._outside(memory, packed):
             raise ProtocolError(f"vring {self.index}: {outside} is outside the memory that was sent")
 

@@ -26,6 +26,7 @@ from mpassthru.rules import LINUX_BUFFER_ROOM_BYTES, ZeroCopyRules
 from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.device import Vring
 from mpassthru.vhost_user.message import VHOST_VRING_F_LOG
+from mpassthru.vhost_user.vring import is_packed
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.memlock import check_memlock, pinned_bytes
 from mpassthru.worker.socket_client import SocketClient
@@ -37,7 +38,7 @@ LOGGED_PAGE_BYTES: Final = 4096
 """A bit of the migration log stands for so much memory (vhost-user.rst, "Migration")."""
 DESCRIPTOR_BYTES: Final = 16
 AVAIL_HEADER_BYTES: Final = 4
-"""VIRTIO 1.3 sections 2.7.5 and 2.7.6."""
+"""VIRTIO 1.3 sections 2.7.5 and 2.7.6; in the packed layout that is all of the driver's event suppression (2.8.10)."""
 
 ATTACH_AGAIN_AFTER_S: Final = 0.2
 """How long a virtqueue may be without socket after the other one of its pair was stopped. A front-end that stops all of
@@ -48,6 +49,7 @@ FEATURES: Final = (
     VirtioFeature.VIRTIO_F_VERSION_1
     | VirtioFeature.VIRTIO_F_INDIRECT_DESC
     | VirtioFeature.VIRTIO_F_EVENT_IDX
+    | VirtioFeature.VIRTIO_F_RING_PACKED
     | VirtioFeature.VIRTIO_F_ANY_LAYOUT
     | VirtioFeature.VIRTIO_NET_F_MRG_RXBUF
     | VirtioFeature.VIRTIO_NET_F_MTU
@@ -420,7 +422,8 @@ class PortDevice:
 
     def _has_content(self, vring: Vring) -> bool:
         table = self._read_memory(vring.desc_user_address, DESCRIPTOR_BYTES * vring.size)
-        avail = self._read_memory(vring.avail_user_address, AVAIL_HEADER_BYTES + 2 * vring.size)
+        entries_bytes = 0 if is_packed(vring.features) else 2 * vring.size
+        avail = self._read_memory(vring.avail_user_address, AVAIL_HEADER_BYTES + entries_bytes)
         return any(table) or any(avail)
 
     def _read_memory(self, user_address: int, size_bytes: int) -> bytes:

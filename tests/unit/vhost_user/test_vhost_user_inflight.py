@@ -37,14 +37,14 @@ async def test_area_is_made_once_and_goes_from_back_end_to_back_end() -> None:
         await first.negotiate(FEATURES, PROTOCOL_FEATURES)
         await second.negotiate(FEATURES, PROTOCOL_FEATURES)
         area = await first.get_inflight_fd(4, 256)
-        os.pwrite(area.fd, b"kept", record_bytes(256))
+        os.pwrite(area.fd, b"kept", record_bytes(256, packed=False))
         await second.set_inflight_fd(area)
         area.close()
 
         await start(second, 1)
 
         vring = device.running[1]
-        assert vring.inflight_offset == record_bytes(256)
+        assert vring.inflight_offset == record_bytes(256, packed=False)
         assert os.pread(vring.inflight_fd, 4, vring.inflight_offset) == b"kept"
 
 
@@ -52,7 +52,7 @@ async def test_area_cannot_be_shrunk_by_anybody() -> None:
     async with connected(FakeDevice()) as (frontend, _, _):
         await frontend.negotiate(FEATURES, PROTOCOL_FEATURES)
         area = await frontend.get_inflight_fd(4, 256)
-        assert area.description == Inflight(4 * record_bytes(256), 0, 4, 256)
+        assert area.description == Inflight(4 * record_bytes(256, packed=True), 0, 4, 256)
         assert os.fstat(area.fd).st_size == area.description.size_bytes
         seals = fcntl.fcntl(area.fd, fcntl.F_GET_SEALS)
         area.close()
@@ -86,14 +86,14 @@ async def test_vring_larger_than_its_record_is_refused() -> None:
 @pytest.mark.parametrize(
     ("description", "reason"),
     [
-        (Inflight(4 * record_bytes(256) - 1, 0, 4, 256), "its records take"),
-        (Inflight(4 * record_bytes(256), 4, 4, 256), "not a multiple of 8"),
-        (Inflight(4 * record_bytes(256), 8, 4, 256), "beyond its file"),
+        (Inflight(4 * record_bytes(256, packed=False) - 1, 0, 4, 256), "its records take"),
+        (Inflight(4 * record_bytes(256, packed=False), 4, 4, 256), "not a multiple of 8"),
+        (Inflight(4 * record_bytes(256, packed=True), 8, 4, 256), "beyond its file"),
         (Inflight(1 << 63, 1 << 63, 4, 256), "beyond its file"),
-        (Inflight(4 * record_bytes(256), 0, 5, 256), "an area for 5 vrings"),
-        (Inflight(4 * record_bytes(256), 0, 0, 256), "an area for 0 vrings"),
-        (Inflight(4 * record_bytes(256), 0, 4, 0), "vrings of 0 entries"),
-        (Inflight(4 * record_bytes(256), 0, 4, 65535), "vrings of 65535 entries"),
+        (Inflight(4 * record_bytes(256, packed=False), 0, 5, 256), "an area for 5 vrings"),
+        (Inflight(4 * record_bytes(256, packed=False), 0, 0, 256), "an area for 0 vrings"),
+        (Inflight(4 * record_bytes(256, packed=False), 0, 4, 0), "vrings of 0 entries"),
+        (Inflight(4 * record_bytes(256, packed=False), 0, 4, 65535), "vrings of 65535 entries"),
     ],
 )
 async def test_area_that_cannot_be_is_a_protocol_error(description: Inflight, reason: str) -> None:
@@ -112,7 +112,7 @@ async def test_area_that_is_no_file_is_a_protocol_error() -> None:
         await frontend.negotiate(FEATURES, PROTOCOL_FEATURES)
         event = os.eventfd(0)
         with pytest.raises(ProtocolError):
-            await frontend.set_inflight_fd(InflightArea(Inflight(record_bytes(256), 0, 1, 256), event))
+            await frontend.set_inflight_fd(InflightArea(Inflight(record_bytes(256, packed=False), 0, 1, 256), event))
         os.close(event)
         with pytest.raises(ProtocolError, match="beyond its file"):
             await task

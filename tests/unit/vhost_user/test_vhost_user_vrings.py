@@ -183,6 +183,22 @@ async def test_impossible_size_ends_the_connection(size: int) -> None:
         await ends_with(task, f"SET_VRING_NUM: vring 0 of {size} entries")
 
 
+async def test_base_of_a_packed_virtqueue_lies_inside_its_ring(fd: int, event: int) -> None:
+    features = FEATURES | int(VirtioFeature.VIRTIO_F_RING_PACKED)
+    async with negotiated(FakeDevice(features=features), features=features, protocol_features=NO_ACK) as (
+        frontend,
+        _,
+        _,
+        task,
+    ):
+        await frontend.set_mem_table([region(fd)])
+        await frontend.set_vring_num(0, 100)
+        await frontend.set_vring_base(0, 0x8000_8000 | 100)
+        await frontend.set_vring_addr(ring_address(0))
+        await frontend.set_vring_kick(0, event)
+        await ends_with(task, "SET_VRING_KICK: vring 0 starts at 0x80008064, outside its 100 descriptors")
+
+
 async def test_split_virtqueue_has_a_power_of_two_and_a_packed_one_need_not(fd: int, event: int) -> None:
     packed = int(VirtioFeature.VIRTIO_F_RING_PACKED)
     for features, starts in ((FEATURES, False), (FEATURES | packed, True)):
