@@ -13,6 +13,7 @@
 
 mod migration;
 mod model;
+mod offload;
 mod steps;
 mod world;
 

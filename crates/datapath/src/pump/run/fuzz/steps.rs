@@ -20,6 +20,8 @@ const MRG_RXBUF: u64 = 1 << 15;
 const EVENT_IDX: u64 = 1 << 29;
 const VERSION_1: u64 = 1 << 32;
 const HASH_REPORT: u64 = 1 << 57;
+/// CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN, HOST_USO.
+const TX_OFFLOADS: u64 = 1 | 7 << 11 | 1 << 56;
 /// Lengths around which things change.
 const LENGTHS: [u32; 24] = [
     0,
@@ -68,7 +70,7 @@ impl Descriptor {
 
 impl Case<'_> {
     pub(super) fn step(&mut self) -> Result<()> {
-        match self.byte()? % 50 {
+        match self.byte()? % 54 {
             0..=11 => self.post(),
             12..=14 => self.post_many(),
             15 => self.spoil_descriptor(),
@@ -113,7 +115,8 @@ impl Case<'_> {
                 self.attach();
                 Ok(())
             }
-            _ => self.migrate(),
+            48..=49 => self.migrate(),
+            _ => self.ask(),
         }
     }
 
@@ -122,7 +125,7 @@ impl Case<'_> {
     }
 
     /// One in `n`.
-    fn rarely(&mut self, n: u8) -> Result<bool> {
+    pub(super) fn rarely(&mut self, n: u8) -> Result<bool> {
         Ok(self.byte()? % n == n - 1)
     }
 
@@ -165,6 +168,7 @@ impl Case<'_> {
         let bits = self.byte()?;
         let flag = |bit: u8, feature: u64| if bits & bit != 0 { feature } else { 0 };
         let features = flag(1, MRG_RXBUF) | flag(2, EVENT_IDX) | flag(4, VERSION_1) | flag(8 & bits >> 1, HASH_REPORT);
+        let features = features | if self.rarely(4)? { 0 } else { TX_OFFLOADS };
         let entries = u64::from(size.min(plan.size_max));
         let mut ring =
             Ring { size: entries, desc: place, avail: place + 16 * entries, used: 0, event_idx: bits & 2 != 0 };
@@ -280,16 +284,26 @@ impl Case<'_> {
     fn post(&mut self) -> Result<()> {
         let tx = self.bytes.arbitrary()?;
         let Some(ring) = self.ring(tx) else { return Ok(()) };
+        self.post_behind(tx, &ring, &[])
+    }
+
+    /// Posts a chain of these buffers, by address and length, and odd ones behind them.
+    pub(super) fn post_behind(&mut self, tx: bool, ring: &Ring, front: &[(u64, u32)]) -> Result<()> {
         let indirect = self.rarely(4)?;
-        let pieces = if self.rarely(16)? { u64::from(self.byte()?) + 1 } else { u64::from(self.byte()? % 4) + 1 };
-        let pieces = pieces.min(ring.size) as u16;
+        let odd = if self.rarely(16)? { u64::from(self.byte()?) + 1 } else { u64::from(self.byte()? % 4) + 1 };
+        let pieces = (front.len() as u64 + odd).min(ring.size) as u16;
         let first = self.sides[usize::from(tx)].next_desc;
         let slot = |index: u16| (u64::from(first.wrapping_add(index)) % ring.size) as u16;
         let table = self.world.plan.tables_at() + u64::from(self.byte()?) * 16;
         let direction = if tx { 0 } else { F_WRITE };
         for index in 0..pieces {
-            let len = self.length()?;
-            let address = self.address(len)?;
+            let (address, len) = match front.get(usize::from(index)) {
+                Some(&buffer) => buffer,
+                None => {
+                    let len = self.length()?;
+                    (self.address(len)?, len)
+                }
+            };
             let more = if index + 1 < pieces { F_NEXT } else { 0 };
             let next = if indirect { index + 1 } else { slot(index + 1) };
             let place = if indirect { table + 16 * u64::from(index) } else { ring.desc + 16 * u64::from(slot(index)) };
@@ -301,7 +315,7 @@ impl Case<'_> {
             self.world.write(ring.desc + 16 * u64::from(slot(0)), &own.bytes());
         }
         self.sides[usize::from(tx)].next_desc = first.wrapping_add(if indirect { 1 } else { pieces });
-        self.publish(&ring, slot(0));
+        self.publish(ring, slot(0));
         Ok(())
     }
 
