@@ -1,4 +1,4 @@
-"""Keeping what others cause from filling the user's log."""
+"""Keeping what others cause, and say, from filling or confusing the user's log."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ class LineLimiter:
             self._kept = 0
         self._said_s.append(now_s)
         self._say(line)
+
+
+def printable(text: str) -> str:
+    """Others' words made fit for a terminal: one line, no control characters, not endless."""
+    return "".join(character if character.isprintable() else " " for character in text[:500])

@@ -23,9 +23,9 @@ import pytest
 from log_losing_relay import log_losing_relay
 
 from mpassthru.demo.qemu import find_kernel
+from mpassthru.qmp import QmpCommandError
 from mpassthru.testing.attached_port import AttachedPort, attached_port
 from mpassthru.testing.bridge import add_tap, bridged_hosts
-from mpassthru.testing.child import ChildError
 from mpassthru.testing.echo_probe import EchoProbe, echo_probe
 from mpassthru.testing.migration import Migration, MigrationResult, differing_pages
 from mpassthru.testing.netns import Namespace
@@ -299,7 +299,7 @@ def is_announcement(frame: bytes, mac: str) -> bool:
 async def test_postcopy_is_refused_before_it_begins(tmp_path: Path) -> None:
     """QEMU asks whether the back-end can take page faults. That is not offered: all of a guest's memory is pinned."""
     async with two_hosts(tmp_path) as hosts, QemuGuest(replace(hosts.place(0), incoming=True)) as qemu:
-        with pytest.raises(ChildError, match="Postcopy"):
+        with pytest.raises(QmpCommandError, match="Postcopy"):
             await qemu.qmp.execute(
                 "migrate-set-capabilities", capabilities=[{"capability": "postcopy-ram", "state": True}]
             )

@@ -33,7 +33,7 @@ from mpassthru.control import ControlError, close_fds
 from mpassthru.errors import HostError, MpassthruError
 from mpassthru.inflight_records import make_records
 from mpassthru.locked_memory import LockedMemory
-from mpassthru.log import LineLimiter
+from mpassthru.log import LineLimiter, printable
 from mpassthru.netdev.af_xdp import wait_queue_free
 from mpassthru.report import DirectionReport
 
@@ -387,11 +387,6 @@ class Port:
     def _trouble(self, line: str) -> None:
         self.status.troubles.append(line)
         self._say(line)
-
-
-def printable(text: str) -> str:
-    """Worker's words made fit for a terminal: one line, no control characters, not endless."""
-    return "".join(character if character.isprintable() else " " for character in text[:500])
 
 
 def _with_ipc_lock(configuration: control.Configure, keep: bool) -> control.Configure:

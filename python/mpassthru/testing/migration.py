@@ -63,7 +63,7 @@ class Migration:
             bandwidth_bytes_per_s: How fast the source may send until `hold` or `finish`.
 
         Raises:
-            ChildError: one of the two refuses, or ended.
+            QmpError: one of the two refuses, or ended.
         """
         for end in (self.source, self.destination):
             await end.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
@@ -79,6 +79,7 @@ class Migration:
 
         Raises:
             ChildError: the migration is over before.
+            QmpError: QEMU ended.
             TimeoutError: it did not happen in time.
         """
         async with asyncio.timeout(timeout_s):
@@ -97,7 +98,8 @@ class Migration:
             timeout_s: How long it may take.
 
         Raises:
-            ChildError: the migration failed, or one of the two ended.
+            ChildError: the migration failed.
+            QmpError: one of the two ended.
             TimeoutError: it did not end in time.
         """
         await self._limit(_FULL_BYTES_PER_S)
@@ -119,11 +121,11 @@ class Migration:
         await self.source.qmp.execute("migrate-set-parameters", max_bandwidth=bandwidth_bytes_per_s)
 
     async def _completed(self) -> None:
-        while (status := (await self.source.qmp.wait_event("MIGRATION"))["data"]["status"]) != "completed":
+        while (status := (await self.source.qmp.wait_event("MIGRATION")).data["status"]) != "completed":
             if status in ("failed", "cancelled"):
                 answer = await self.source.qmp.execute("query-migrate")
                 raise ChildError(f"the migration {status}: {answer.get('error-desc', 'QEMU gives no reason')}")
-        while (await self.destination.qmp.wait_event("MIGRATION"))["data"]["status"] != "completed":
+        while (await self.destination.qmp.wait_event("MIGRATION")).data["status"] != "completed":
             pass
         if not self._paused:
             await self.destination.qmp.wait_event("RESUME")

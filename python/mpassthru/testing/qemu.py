@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from mpassthru.qmp import QmpClient, QmpError
 from mpassthru.testing.child import ChildError, last_lines, memory_file, running_child
 from mpassthru.testing.initramfs import build_initramfs, find_program
 from mpassthru.testing.kvm import kvm_works
 from mpassthru.testing.qemu_config import Accelerator, GuestConfig, qemu_arguments
-from mpassthru.testing.qmp import QmpClient
 
 _CONSOLE_KEPT_LINES = 200
 _ANSWER_GRACE_S = 15.0
@@ -182,7 +182,7 @@ class QemuGuest:
         self._resources.callback(console.cancel)
         try:
             await self.qmp.negotiate()
-        except ChildError as error:
+        except QmpError as error:
             raise await self._lost("(start)") from error
         if not config.incoming:
             await self.run("true", timeout_s=self._boot_timeout_s)
