@@ -25,8 +25,8 @@ from mpassthru.testing.netns import Namespace
 ForwardMode = Literal["io", "mac", "macswap", "rxonly", "txonly", "flowgen", "icmpecho"]
 
 _PROMPT = b"testpmd> "
-_MEMORY_MIB = 512
-"""What testpmd's default pool of 155,456 buffers and its drivers' rings need."""
+_MEMORY_MIB = 1024
+"""What testpmd's default pool of 155,456 buffers and its drivers' rings need: 600 is too little on some machines."""
 
 
 @dataclass(frozen=True, kw_only=True)

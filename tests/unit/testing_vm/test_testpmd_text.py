@@ -97,7 +97,7 @@ def test_vhost_port_names_its_socket_as_the_driver_does() -> None:
     assert VhostPort(path=Path("/s"), client=True).vdev(0) == "net_vhost0,iface=/s,client=1"
 
 
-@pytest.mark.parametrize(("free", "first"), [(256, "--in-memory"), (255, "--no-huge")])
+@pytest.mark.parametrize(("free", "first"), [(512, "--in-memory"), (511, "--no-huge")])
 def test_huge_pages_are_used_if_enough_are_free(free: int, first: str) -> None:
     meminfo = f"MemTotal: 1 kB\nHugePages_Total: 9999\nHugePages_Free: {free}\nHugepagesize:       2048 kB\n"
     assert memory_arguments(meminfo)[0] == first
