@@ -181,9 +181,16 @@ class Engine:
     def detach_socket(self, queue_pair: int) -> int:
         """Let frames leave, unmap the rings and close the socket. Value: 0.
 
-        Its buffers go back to the guest when their virtqueue stops, or when the next socket is attached: in zero-copy
-        mode the NIC may write to them until the queue is seen free.
+        Its buffers go back to the guest when their virtqueue stops, when the next socket is attached, or by `reclaim`:
+        in zero-copy mode the NIC may write to them until the queue is seen free.
         """
+    def reclaim(self, queue_pair: int) -> int:
+        """Give the guest back what a closed socket had of it; nothing is done under a socket. Value: 0.
+
+        In zero-copy mode the queue is seen free before.
+        """
+    def guest_address(self, queue_pair: int) -> bytes | None:
+        """The station address that the guest sends from; None as long as it has sent nothing."""
     def start_vring(self, index: int, config: VringConfig) -> int:
         """Start a virtqueue; value: the number of heads that an earlier back-end had in flight, by the record."""
     def stop_vring(self, index: int) -> int:

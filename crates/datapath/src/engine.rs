@@ -9,7 +9,7 @@ use crate::error::{Error, HostError};
 use crate::fd::{EventFd, duplicate};
 use crate::guest_memory::{DirtyLog, FileSpec, GuestMemory, RegionSpec, UmemAddr};
 use crate::pump::{
-    Command, CommandQueue, Completion, Event, EventQueue, PollMode, Pump, PumpView, VringConfig, slab_bytes,
+    Command, CommandQueue, Completion, Event, EventQueue, MacAddress, PollMode, Pump, PumpView, VringConfig, slab_bytes,
 };
 use crate::stats::Counts;
 use crate::virtqueue::{Logged, WriteLog};
@@ -208,6 +208,23 @@ impl Engine {
     /// No such queue pair.
     pub fn detach_socket(&self, pair: usize) -> Result<u64, Error> {
         self.submit(pair, Command::Detach)
+    }
+
+    /// Gives the guest back what a queue pair's closed socket had of it. In zero-copy mode no NIC may write to it any more:
+    /// that the hardware queue is free has to be seen first.
+    ///
+    /// # Errors
+    /// No such queue pair.
+    pub fn reclaim(&self, pair: usize) -> Result<u64, Error> {
+        self.submit(pair, Command::Reclaim)
+    }
+
+    /// The address that the guest sends from on a queue pair, once it has sent something.
+    ///
+    /// # Errors
+    /// No such queue pair.
+    pub fn guest_address(&self, pair: usize) -> Result<Option<MacAddress>, Error> {
+        Ok(self.pump(pair)?.view.guest_address())
     }
 
     /// Whether a queue pair has a socket.

@@ -59,6 +59,8 @@ reasons! {
         Disabled => "disabled",
         /// tx: shorter than an Ethernet header.
         Runt => "runt",
+        /// tx: there was no socket to send it by, for longer than a frame waits.
+        NoLink => "no_link",
         /// The kernel answered with a buffer that it did not have (rx), or completed what was not sent (tx): its socket
         /// is not believed any more, and closed.
         UnknownAnswer => "unknown_answer",

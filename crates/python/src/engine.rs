@@ -14,7 +14,7 @@ use mpassthru_datapath::xsk::{
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 
 use crate::error::{datapath_error, fault_error, host_error_of};
 
@@ -326,6 +326,15 @@ impl Engine {
 
     fn detach_socket(&self, queue_pair: usize) -> PyResult<u64> {
         self.0.detach_socket(queue_pair).map_err(datapath_error)
+    }
+
+    fn reclaim(&self, queue_pair: usize) -> PyResult<u64> {
+        self.0.reclaim(queue_pair).map_err(datapath_error)
+    }
+
+    fn guest_address<'py>(&self, py: Python<'py>, queue_pair: usize) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let address = self.0.guest_address(queue_pair).map_err(datapath_error)?;
+        Ok(address.map(|address| PyBytes::new(py, &address)))
     }
 
     fn start_vring(&self, index: usize, config: &VringConfig) -> PyResult<u64> {

@@ -36,6 +36,9 @@ pub enum Command {
     /// Let frames leave and close the socket. Its buffers stay ours until a virtqueue stops or a socket is attached:
     /// in zero-copy mode the NIC may still write to them, until its queue is seen free.
     Detach,
+    /// Give the guest back what the closed socket had: neither kernel nor NIC uses it any more. Nothing is done under a
+    /// socket.
+    Reclaim,
     /// Buffers may lie in more memory from now on, in the arena of before.
     SetMemory {
         /// All of it.

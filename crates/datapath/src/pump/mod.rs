@@ -24,5 +24,5 @@ pub(crate) use run::fuzz;
 pub(crate) use run::microbench;
 pub(crate) use run::{Pump, PumpView};
 pub(crate) use slab::slab_bytes;
-pub use vring::VringConfig;
+pub use vring::{MacAddress, VringConfig};
 pub use wait::{PollMode, Spin, sleep};

@@ -124,6 +124,7 @@ impl PacketPump {
         for _ in 0..usize::from(vring.queue.available()?).min(BURST) {
             self.chain.clear();
             let Some(head) = vring.queue.take(Direction::DeviceReads, &mut self.chain)? else { break };
+            vring.learn_source(&self.chain);
             let pieces = strip_header(&mut self.chain, vring.header_len);
             let len = pieces.iter().fold(0u32, |sum, piece| sum.saturating_add(piece.len));
             if let Some(reason) = reason_to_drop(vring.enabled, len, self.frame_max) {

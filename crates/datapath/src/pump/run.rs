@@ -1,5 +1,6 @@
 //! The loop of one queue pair: commands, work, waiting.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use super::packet::PacketPump;
 use super::rx::Rx;
 use super::slab::Slab;
 use super::tx::{Tx, TxInFlight, is_passing};
-use super::vring::{Vring, VringConfig};
+use super::vring::{MacAddress, Vring, VringConfig};
 use super::wait::{PollMode, Spin, sleep};
 use crate::error::{BurstError, Error, HostError, QueueFault, UnknownAnswer};
 use crate::guest_memory::GuestMemory;
@@ -24,6 +25,10 @@ const COMPLETION_PERIOD: Duration = Duration::from_millis(1);
 /// While the kernel refuses to send (interface down), it is asked again this often.
 const REFUSED_PERIOD: Duration = Duration::from_millis(100);
 
+/// What the guest sends waits for so long while there is no socket; then it is lost. It would come too late to be of use,
+/// and a Linux guest complains of a queue that stands still for 5 s.
+const UNSENT_PATIENCE: Duration = Duration::from_secs(1);
+
 /// QEMU kicks each queue once when it starts it; a driver, when it has put something there.
 const KICKS_TO_SUSPECT: u32 = 2;
 
@@ -38,6 +43,8 @@ pub(crate) struct PumpView {
     pub packet: Mutex<Option<SharedFd>>,
     /// Kernel drops of sockets that are closed by now.
     pub past_kernel_drops: Mutex<Counts>,
+    /// The address that the guest sends from, in the lower six bytes; 0 as long as it has sent nothing.
+    guest_address: AtomicU64,
 }
 
 impl PumpView {
@@ -54,6 +61,19 @@ impl PumpView {
             drops.add(&kernel_drops(&umem));
         }
         drops
+    }
+
+    /// The address that the guest sends from, once it has sent something.
+    pub fn guest_address(&self) -> Option<MacAddress> {
+        // Relaxed: a value of its own.
+        let [_, _, address @ ..] = self.guest_address.load(Ordering::Relaxed).to_be_bytes();
+        (address != MacAddress::default()).then_some(address)
+    }
+
+    fn set_guest_address(&self, address: MacAddress) {
+        let [a, b, c, d, e, f] = address;
+        // Relaxed: a value of its own.
+        self.guest_address.store(u64::from_be_bytes([0, 0, a, b, c, d, e, f]), Ordering::Relaxed);
     }
 
     /// The attached socket's UMEM, if there is one.
@@ -94,6 +114,9 @@ pub(crate) struct Pump {
     /// How often each queue was kicked while all zero.
     kicks_while_empty: [u32; 2],
     drain_deadline: Duration,
+    /// Since when frames of the guest have no socket to leave by.
+    unsent_since: Option<Instant>,
+    unsent_patience: Duration,
 }
 
 impl Pump {
@@ -122,6 +145,8 @@ impl Pump {
             reported_errno: None,
             kicks_while_empty: [0; 2],
             drain_deadline: DRAIN_DEADLINE,
+            unsent_since: None,
+            unsent_patience: UNSENT_PATIENCE,
         }
     }
 
@@ -162,6 +187,16 @@ impl Pump {
     /// One burst each way. Returns how much was moved.
     #[inline]
     fn work(&mut self) -> u32 {
+        let moved = self.work_frames();
+        if self.has_socket() {
+            self.unsent_since = None;
+            return moved;
+        }
+        moved + self.discard_unsent()
+    }
+
+    #[inline]
+    fn work_frames(&mut self) -> u32 {
         let Some(xsk) = &mut self.xsk else { return self.work_packets() };
         let mut moved = 0;
         if let Some(rx) = self.rx.as_mut().filter(|rx| rx.vring.runs()) {
@@ -213,9 +248,34 @@ impl Pump {
         moved
     }
 
-    /// Nothing can come but commands: even a busy pump may sleep.
+    /// Drops what the guest has waited too long with. Returns the number of heads used.
+    #[cold]
+    fn discard_unsent(&mut self) -> u32 {
+        let Some(tx) = self.tx.as_mut().filter(|tx| tx.vring.runs()) else { return 0 };
+        let since = *self.unsent_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < self.unsent_patience {
+            return 0;
+        }
+        tx.discard(&mut self.tx_counts).unwrap_or_else(|fault| {
+            self.fault(1, fault);
+            0
+        })
+    }
+
+    /// Nothing can come but commands, and frames to drop: even a busy pump may sleep.
     fn has_no_queue(&self) -> bool {
-        (self.xsk.is_none() && self.packet.is_none()) || (self.rx.is_none() && self.tx.is_none())
+        !self.has_socket() || (self.rx.is_none() && self.tx.is_none())
+    }
+
+    #[inline]
+    fn has_socket(&self) -> bool {
+        self.xsk.is_some() || self.packet.is_some()
+    }
+
+    /// How long frames without a socket may still wait; `None` if there is one, or no tx queue.
+    fn patience_left(&self) -> Option<Duration> {
+        let since = self.unsent_since.filter(|_| self.tx.is_some())?;
+        Some(self.unsent_patience.saturating_sub(since.elapsed()))
     }
 
     /// The socket, if what it receives can be delivered: a faulted queue leaves frames where they are.
@@ -252,6 +312,7 @@ impl Pump {
     fn timeout(&self) -> Option<Duration> {
         let unsent = self.packet.as_ref().is_some_and(|packet| packet.send_errno.is_some());
         match &self.tx {
+            _ if !self.has_socket() => self.patience_left().filter(|left| !left.is_zero()),
             Some(tx) if tx.wakeup_errno.is_some() => Some(REFUSED_PERIOD),
             Some(_) if unsent => Some(COMPLETION_PERIOD),
             _ if self.xsk.is_none() => None,
@@ -264,12 +325,18 @@ impl Pump {
     fn arm(&mut self, on: bool) -> bool {
         let mut ready = self.receiving_socket().is_some_and(|xsk| on && xsk.rx_peek() > 0);
         ready |= on && self.receiving_packets().is_some_and(|packet| packet.socket.has_frame());
+        // Without a socket, buffers are nothing to stay awake for, nor frames that are to wait.
+        let has_socket = self.has_socket();
+        let useful = [has_socket, has_socket || self.patience_left().is_some_and(|left| left.is_zero())];
         let vrings = [self.rx.as_mut().map(|rx| &mut rx.vring), self.tx.as_mut().map(|tx| &mut tx.vring)];
         let mut faults = [None; 2];
-        for (vring, fault) in vrings.into_iter().zip(&mut faults) {
+        for ((vring, fault), useful) in vrings.into_iter().zip(&mut faults).zip(useful) {
             let Some(vring) = vring else { continue };
             if !on {
                 vring.queue.disable_kicks();
+                continue;
+            }
+            if !useful {
                 continue;
             }
             match vring.arm() {
@@ -364,11 +431,15 @@ impl Pump {
     fn publish(&self) {
         self.view.rx.publish(&self.rx_counts);
         self.view.tx.publish(&self.tx_counts);
+        if let Some(source) = self.tx.as_ref().and_then(|tx| tx.vring.source) {
+            self.view.set_guest_address(source);
+        }
     }
 
     fn execute(&mut self, command: Command) -> Result<u64, Error> {
         match command {
             Command::Attach { socket, memory, umem, params } => self.attach(socket, memory, &umem, &params),
+            Command::Reclaim => Ok(self.reclaim_of_closed()),
             Command::SetMemory { memory } => Ok(self.set_memory(&memory)),
             Command::AttachPacket { socket, frame_max } => self.attach_packets(socket, frame_max),
             // Virtqueues that were not stopped before the end are left as a crash would leave them.
@@ -467,6 +538,13 @@ impl Pump {
         0
     }
 
+    fn reclaim_of_closed(&mut self) -> u64 {
+        if self.xsk.is_none() {
+            self.reclaim();
+        }
+        0
+    }
+
     /// Gives back to the guest what a closed socket had.
     fn reclaim(&mut self) {
         debug_assert!(self.xsk.is_none(), "only a closed socket has let go of its buffers");
@@ -533,6 +611,8 @@ impl Pump {
         }
         self.kicks_while_empty[usize::from(tx)] = 0;
         if tx {
+            self.unsent_since = None;
+            self.view.set_guest_address(MacAddress::default());
             self.tx = Some(Tx::new(vring));
         } else {
             self.rx = Some(Rx::new(vring));

@@ -337,6 +337,28 @@ impl Tx {
         flight.reap(xsk, |head| self.vring.queue.push_used(head, 0))
     }
 
+    /// Drops what the guest has to send, for it cannot leave. Returns the number of heads used.
+    ///
+    /// # Errors
+    /// The driver broke the ring protocol; what was taken before is used.
+    pub fn discard(&mut self, counts: &mut Counts) -> Result<u32, QueueFault> {
+        let dropped = self.drop_burst(counts);
+        self.vring.flush();
+        dropped
+    }
+
+    fn drop_burst(&mut self, counts: &mut Counts) -> Result<u32, QueueFault> {
+        let mut dropped = 0;
+        for _ in 0..u32::from(self.vring.queue.available()?).min(BURST) {
+            self.chain.clear();
+            let Some(taken) = self.vring.queue.take(Direction::DeviceReads, &mut self.chain)? else { break };
+            counts.dropped(if self.vring.enabled { DropReason::NoLink } else { DropReason::Disabled });
+            self.vring.queue.push_used(taken.head, 0);
+            dropped += 1;
+        }
+        Ok(dropped)
+    }
+
     /// Returns the number of frames sent or dropped.
     fn send(&mut self, xsk: &mut XskSocket, flight: &mut TxInFlight, counts: &mut Counts) -> Result<u32, QueueFault> {
         if !self.vring.runs() {
@@ -380,7 +402,8 @@ impl Tx {
 
     /// Lengths, header included, that a buffer in one piece has to have for its frame to go out as it is.
     fn plain_lengths(&self, rules: &DriverRules) -> Range<u32> {
-        if !self.vring.enabled || !rules.direct || rules.tx_pieces_max == 0 {
+        // The first frame goes the other way, where it is looked at: a question less for each of the others.
+        if !self.vring.enabled || !rules.direct || rules.tx_pieces_max == 0 || self.vring.source.is_none() {
             return 0..0;
         }
         let (shortest, longest) =
@@ -423,6 +446,7 @@ impl Tx {
         flight: &mut TxInFlight,
         counts: &mut Counts,
     ) -> Option<u32> {
+        self.vring.learn_source(&self.chain);
         if !self.vring.offloads.is_none()
             && let Some(frames) = self.send_offloaded(taken, budget, xsk, flight, counts)
         {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, QueueFault};
 use crate::fd::EventFd;
-use crate::guest_memory::GuestMemory;
+use crate::guest_memory::{GuestMemory, Segment};
 use crate::offload::headers::Offloads;
 use crate::virtqueue::{InflightRecord, QueueConfig, Taken, Virtqueue, WriteLog};
 
@@ -14,6 +14,9 @@ const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
 const VIRTIO_F_RING_PACKED: u64 = 1 << 34;
 const VIRTIO_NET_F_HASH_REPORT: u64 = 1 << 57;
+
+/// A station's address, in the order of the wire.
+pub type MacAddress = [u8; 6];
 
 /// Longest virtio-net header: with a hash report.
 pub(super) const HEADER_BYTES_MAX: usize = 20;
@@ -67,6 +70,8 @@ pub(super) struct Vring {
     pub offloads: Offloads,
     /// Heads that were in flight when an earlier back-end ended.
     pub resumed: usize,
+    /// tx: the address that the guest's first frame came from, all zeros if none of a station's; `None` before it.
+    pub source: Option<MacAddress>,
 }
 
 impl Vring {
@@ -88,7 +93,16 @@ impl Vring {
             mergeable,
             offloads: Offloads::of_features(config.features),
             resumed,
+            source: None,
         })
+    }
+
+    /// Learns the guest's address from its first frame: a switch that the port moves to has to be told.
+    #[inline]
+    pub fn learn_source(&mut self, chain: &[Segment]) {
+        if self.source.is_none() {
+            self.source = Some(source_of(self.queue.memory(), chain, self.header_len).unwrap_or_default());
+        }
     }
 
     /// Shows used entries to the driver and notifies it, once.
@@ -142,6 +156,23 @@ impl Vring {
     pub fn arm(&mut self) -> Result<bool, QueueFault> {
         if self.faulted { Ok(false) } else { self.queue.enable_kicks() }
     }
+}
+
+/// The address that a frame behind its virtio-net header comes from; `None` if that is none of a station's, or cut in two.
+#[cold]
+fn source_of(memory: &GuestMemory, chain: &[Segment], header_len: u32) -> Option<MacAddress> {
+    let bytes = size_of::<MacAddress>() as u32;
+    let mut skip = header_len + bytes;
+    let piece = chain.iter().find(|piece| {
+        let there = piece.len > skip;
+        skip -= if there { 0 } else { piece.len };
+        there
+    })?;
+    if piece.len - skip < bytes {
+        return None;
+    }
+    let source: MacAddress = memory.read(piece.addr.plus(u64::from(skip)));
+    (source[0] & 1 == 0 && source != MacAddress::default()).then_some(source)
 }
 
 #[cfg(test)]

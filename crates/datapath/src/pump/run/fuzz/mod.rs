@@ -105,6 +105,8 @@ impl<'a> Case<'a> {
         let mut pump = Pump::new(0, PollMode::Adaptive, Arc::new(commands), Arc::new(events), view);
         // The model kernel completes nothing by itself.
         pump.drain_deadline = Duration::ZERO;
+        // Nothing is to depend on how long a case takes.
+        pump.unsent_patience = Duration::MAX;
         Self { world, pump, bytes, sides: Default::default(), exact: !racing, racing, last_address: 0 }
     }
 

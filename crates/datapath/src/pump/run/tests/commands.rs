@@ -1,6 +1,10 @@
-use super::{Bench, Command, Error, PollMode, refused};
+use std::time::{Duration, Instant};
+
+use super::{BUFFER_BYTES, BUFFERS_AT, Bench, Command, Error, GuestPhysAddr, PollMode, refused};
 use crate::fd::EventFd;
 use crate::fixture::was_signalled;
+use crate::pump::MacAddress;
+use crate::stats::DropReason;
 use crate::xsk::FRAME_BYTES_MAX;
 
 #[test]
@@ -74,6 +78,101 @@ fn test_without_a_socket_queues_start_and_stop_where_they_are() {
     assert_eq!(bench.pump.work(), 0);
     assert_eq!(bench.stop(true), 0);
     assert_eq!(bench.drivers[1].outstanding(), 4);
+}
+
+#[test]
+fn test_what_waits_for_a_socket_keeps_nobody_awake_and_is_lost_in_the_end() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    bench.post(false, 4, 1600);
+    bench.post(true, 4, 72);
+    bench.start(false);
+    bench.start(true);
+    assert_eq!(bench.pump.work(), 0);
+    assert!(!bench.pump.arm(true), "there is nothing to do but to wait");
+    assert!(bench.pump.timeout().is_some_and(|timeout| timeout <= bench.pump.unsent_patience));
+
+    bench.pump.unsent_patience = Duration::ZERO;
+    assert!(bench.pump.arm(true));
+    assert_eq!((bench.pump.work(), bench.take(true)), (4, 4));
+    assert_eq!(bench.pump.tx_counts.dropped[DropReason::NoLink as usize], 4);
+    bench.pump.tx.as_mut().unwrap().vring.enabled = false;
+    bench.post(true, 2, 72);
+    assert_eq!((bench.pump.work(), bench.take(true)), (2, 2));
+    assert_eq!(bench.pump.tx_counts.dropped[DropReason::Disabled as usize], 2);
+    assert!(!bench.pump.arm(true));
+    assert_eq!((bench.pump.timeout(), bench.take(false)), (None, 0));
+}
+
+#[test]
+fn test_patience_begins_anew_with_each_socket_and_each_queue() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    bench.start(true);
+    bench.pump.work();
+    assert!(bench.pump.unsent_since.is_some());
+    let _kernel = bench.attach();
+    bench.pump.work();
+    assert!(bench.pump.unsent_since.is_none());
+    bench.pump.execute(Command::Detach).unwrap();
+    bench.pump.work();
+    assert!(bench.pump.unsent_since.is_some());
+    bench.stop(true);
+    bench.pump.work();
+    let before = Instant::now();
+    bench.start(true);
+    assert!(bench.pump.unsent_since.is_some_and(|since| since >= before));
+}
+
+#[test]
+fn test_what_a_closed_socket_had_can_be_given_back_while_queues_run() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    let _kernel = bench.attach();
+    bench.post(false, 3, 1600);
+    bench.start(false);
+    bench.start(true);
+    bench.post(true, 2, 72);
+    bench.pump.work();
+    bench.pump.execute(Command::Reclaim).unwrap();
+    assert_eq!(bench.take(true), 0, "the socket is still there");
+    bench.pump.execute(Command::Detach).unwrap();
+    assert_eq!(bench.take(true), 0);
+
+    bench.pump.execute(Command::Reclaim).unwrap();
+    assert_eq!((bench.take(true), bench.take(false)), (2, 0));
+    assert_eq!(bench.pump.rx.as_ref().unwrap().vring.queue.base(), 0, "buffers are in the avail ring again");
+
+    let mut kernel = bench.attach();
+    bench.pump.work();
+    kernel.receive(&[1; 60], 0);
+    bench.pump.work();
+    assert_eq!(bench.take(false), 1);
+    bench.pump.execute(Command::Detach).unwrap();
+    bench.stop(false);
+    bench.stop(true);
+}
+
+#[test]
+fn test_the_guests_address_is_that_of_its_first_frame() {
+    let mut bench = Bench::new(PollMode::Interrupt);
+    let mut _kernel = bench.attach();
+    bench.start(true);
+    let send = |bench: &mut Bench, source: MacAddress| {
+        let frame = [[0; 12].as_slice(), &[0xff; 6], &source].concat();
+        bench.guest.vmm.write(GuestPhysAddr(BUFFERS_AT + BUFFER_BYTES), &frame).unwrap();
+        bench.post(true, 1, 72);
+        bench.pump.work();
+        bench.pump.publish();
+        bench.pump.view.guest_address()
+    };
+    assert_eq!(send(&mut bench, [2, 0, 0, 0, 0, 1]), Some([2, 0, 0, 0, 0, 1]));
+    assert_eq!(send(&mut bench, [2, 0, 0, 0, 0, 2]), Some([2, 0, 0, 0, 0, 1]));
+    for source in [[0; 6], [3, 0, 0, 0, 0, 1]] {
+        bench.pump.execute(Command::Detach).unwrap();
+        bench.stop(true);
+        bench.start(true);
+        assert_eq!(bench.pump.view.guest_address(), None, "it may be another guest");
+        _kernel = bench.attach();
+        assert_eq!(send(&mut bench, source), None, "no station has this address");
+    }
 }
 
 #[test]
