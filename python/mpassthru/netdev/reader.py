@@ -11,9 +11,11 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from mpassthru.errors import HostError, host_error
 from mpassthru.netdev import ethtool, netdev_family, pci
-from mpassthru.netdev.facts import Interface, VethPeer, XdpProgram, XdpProgramMode
+from mpassthru.netdev.facts import Interface, QueueCounts, VethPeer, XdpProgram, XdpProgramMode
+from mpassthru.netdev.link_events import LinkState
 
 _IFF_UP: Final = 1
+_IFF_LOWER_UP: Final = 1 << 16
 _XDP_MODES: Final[dict[str, XdpProgramMode]] = {
     "xdp": "native",
     "xdpgeneric": "generic",
@@ -40,6 +42,53 @@ async def read_interface(ifname: str) -> Interface:
         if number == errno.ENODEV:
             raise no_such_interface(ifname) from error
         raise host_error(f"read interface {ifname}", OSError(number, "")) from error
+
+
+async def read_link(ifname: str, ifindex: int | None = None) -> LinkState | None:
+    """What a port on an interface depends on, at less cost than `read_interface`; None if there is no such interface.
+
+    Args:
+        ifname: Its name; does not matter if `ifindex` is given.
+        ifindex: Its index, by which it is found whatever it is called by now.
+
+    Raises:
+        HostError: the kernel refused for another reason.
+    """
+    found = {"ifname": ifname} if ifindex is None else {"index": ifindex}
+    while True:
+        try:
+            async with AsyncIPRoute() as route:
+                links: list[Any] = list(await route.link("get", **found))
+            return _state_of(links[0]) if links else None
+        except NoSuchDevice:
+            continue  # renamed meanwhile, or gone: netlink tells which
+        except (OSError, NetlinkError, EthtoolError) as error:
+            number = _errno_of(error)
+            if number == errno.ENODEV:
+                return None
+            raise host_error(f"read interface {ifname}", OSError(number, "")) from error
+
+
+def _state_of(link: Any) -> LinkState:
+    name = link.get_attr("IFLA_IFNAME")
+    queues = _queues(name, link)
+    program = _xdp_program(link)
+    return LinkState(
+        ifindex=link["index"],
+        name=name,
+        up=bool(link["flags"] & _IFF_UP),
+        carrier=bool(link["flags"] & _IFF_LOWER_UP),
+        mtu_bytes=link.get_attr("IFLA_MTU"),
+        xdp_program_id=program.id if program else None,
+        rx_queues=queues.rx,
+        tx_queues=queues.tx,
+    )
+
+
+def _queues(ifname: str, link: Any) -> QueueCounts:
+    return ethtool.read_queues(
+        ifname, rx=link.get_attr("IFLA_NUM_RX_QUEUES") or 1, tx=link.get_attr("IFLA_NUM_TX_QUEUES") or 1
+    )
 
 
 def no_such_interface(ifname: str) -> HostError:
@@ -79,9 +128,7 @@ async def _describe(ifname: str, link: Any, veth_peer: VethPeer | None) -> Inter
         operstate=(link.get_attr("IFLA_OPERSTATE") or "unknown").lower(),
         driver=driver.name or link.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND"),
         bus_address=driver.bus_address,
-        queues=ethtool.read_queues(
-            ifname, rx=link.get_attr("IFLA_NUM_RX_QUEUES") or 1, tx=link.get_attr("IFLA_NUM_TX_QUEUES") or 1
-        ),
+        queues=_queues(ifname, link),
         offloads=ethtool.read_offloads(ifname),
         xdp_program=_xdp_program(link),
         xdp_features=await netdev_family.xdp_features(ifindex),

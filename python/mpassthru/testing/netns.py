@@ -53,12 +53,8 @@ class Namespace:
         Raises:
             HostError: EPERM without CAP_SYS_ADMIN.
         """
-        with _own_namespace() as home:
-            _setns(self.fd)
-            try:
-                yield
-            finally:
-                _setns(home)
+        with entered(self.fd):
+            yield
 
     def has_xdp_program(self) -> bool:
         """Whether an XDP program is attached to `ifname`."""
@@ -73,6 +69,32 @@ class Namespace:
         """
         with self.entered():
             return subprocess.run(command, check=True, capture_output=True, text=True, timeout=timeout_s).stdout
+
+
+@contextmanager
+def entered(fd: int) -> Iterator[None]:
+    """Put the calling thread into the namespace with this descriptor, and back at the end.
+
+    Raises:
+        HostError: EPERM without CAP_SYS_ADMIN.
+    """
+    with _own_namespace() as home:
+        _setns(fd)
+        try:
+            yield
+        finally:
+            _setns(home)
+
+
+def move_interface(ifname: str, *, source: int, target: int) -> None:
+    """Move an interface from one network namespace to another, both by their descriptors. It is down afterwards.
+
+    Raises:
+        HostError: EPERM without CAP_SYS_ADMIN.
+        subprocess.CalledProcessError: ip(8) failed.
+    """
+    with entered(source):
+        _ip("link", "set", "dev", ifname, "netns", f"/proc/{os.getpid()}/fd/{target}")
 
 
 @contextmanager
@@ -116,13 +138,9 @@ def empty_namespace() -> Iterator[int]:
     """
     fd = _new_namespace()
     try:
-        with _own_namespace() as home:
-            _setns(fd)
-            try:
-                _disable_ipv6()
-                _ip("link", "set", "lo", "up")
-            finally:
-                _setns(home)
+        with entered(fd):
+            _disable_ipv6()
+            _ip("link", "set", "lo", "up")
         yield fd
     finally:
         os.close(fd)
