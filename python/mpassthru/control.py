@@ -36,34 +36,50 @@ class ControlError(MpassthruError):
     """The other process broke the control protocol, hangs, or is gone."""
 
 
-class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    pass
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all messages of a channel."""
 
 
-# ---- broker to worker ----------------------------------------------------------------------------------------
+class Binding(msgspec.Struct, frozen=True, kw_only=True):
+    """What a port's sockets are bound to, and how."""
 
-
-class Configure(_Message, frozen=True):
-    """The first message: everything a worker is told about its port and about itself.
-
-    Carries one fd: the memory file of `mpassthru.inflight_records`.
-    """
-
+    serial: int
+    """Tells it from all others of the port's life."""
     interface: str
     ifindex: int
+    driver: str | None = None
+    """Of the interface, for messages, and to remember one that is not to be trusted."""
     queue_ids: tuple[int, ...]
     """Hardware queue of each queue pair, in order."""
     mtu_bytes: int
     frame_max_bytes: int
     """What a NIC or the kernel may write into a guest buffer, without the virtio-net header."""
     socket_mode: SocketMode
-    poll: PollMode
-    driver: str | None = None
-    """Of the interface, for messages."""
     zero_copy_rules: ZeroCopyRules | None = None
     """Set if `socket_mode` is `zero-copy`."""
+
+
+# ---- broker to worker ----------------------------------------------------------------------------------------
+
+
+class Configure(Message, frozen=True):
+    """The first message: everything a worker is told about its port and about itself.
+
+    Carries one fd: the memory file of `mpassthru.inflight_records`.
+    """
+
+    queue_pairs: int
+    poll: PollMode
+    binding: Binding | None
+    """None: what the guest sends goes nowhere until there is one."""
+    longer_buffers: bool = False
+    """Offer VIRTIO_NET_F_HASH_REPORT for its side effect; the same all of a port's life, whatever it is bound to."""
     tx_offloads: bool = False
-    """The guest may leave checksums and segmentation to us."""
+    """The guest may leave checksums and segmentation to us; the same all of a port's life too."""
+    pins_memory: bool = True
+    """Not so in mode `packet`."""
+    unproven: tuple[int, ...] = ()
+    """Queue pairs of which a worker before this one may have had a zero-copy socket; no NIC was seen to have let go."""
     uid: int | None = None
     """The worker's user and group; None for both if the broker's own, who is not root then."""
     gid: int | None = None
@@ -71,29 +87,35 @@ class Configure(_Message, frozen=True):
     """The memlock limit could not be raised: CAP_IPC_LOCK has to stay."""
 
 
-class FrontendConnected(_Message, frozen=True):
+class Rebind(Message, frozen=True):
+    """Asks for the port's sockets on another interface, or on the same in another way, or on none; see `Rebound`."""
+
+    binding: Binding | None
+
+
+class FrontendConnected(Message, frozen=True):
     """Carries one fd: a connected vhost-user socket from which no byte has been read."""
 
 
-class SocketGranted(_Message, frozen=True):
+class SocketGranted(Message, frozen=True):
     """Answers `SocketWanted`; carries one fd: a new AF_XDP socket, not yet bound, or a packet socket, which is."""
 
     queue_pair: int
 
 
-class SocketSteered(_Message, frozen=True):
+class SocketSteered(Message, frozen=True):
     """Answers `SocketBound`: the queue's frames go to the socket from now on."""
 
     queue_pair: int
 
 
-class SocketFreed(_Message, frozen=True):
+class SocketFreed(Message, frozen=True):
     """Answers `SocketReleased`, if that was asked for: the kernel has let go of the socket's buffers."""
 
     queue_pair: int
 
 
-class SocketRefused(_Message, frozen=True):
+class SocketRefused(Message, frozen=True):
     """Answers any of the above's questions: `error` says why not, `errno` is 0 if no system call failed."""
 
     queue_pair: int
@@ -101,11 +123,11 @@ class SocketRefused(_Message, frozen=True):
     error: str
 
 
-class MemoryGranted(_Message, frozen=True):
+class MemoryGranted(Message, frozen=True):
     """Answers `MemoryWanted`: so much may be locked."""
 
 
-class MemoryRefused(_Message, frozen=True):
+class MemoryRefused(Message, frozen=True):
     """Answers `MemoryWanted`: `error` says why not, `errno` is 0 if no system call failed.
 
     What was granted before stays.
@@ -115,16 +137,17 @@ class MemoryRefused(_Message, frozen=True):
     error: str
 
 
-class ReportWanted(_Message, frozen=True):
+class ReportWanted(Message, frozen=True):
     """Asks for a `WorkerReport`."""
 
 
-class Stop(_Message, frozen=True):
+class Stop(Message, frozen=True):
     """Asks the worker to give everything back, send a last `WorkerReport` and end."""
 
 
 BrokerMessage = (
     Configure
+    | Rebind
     | FrontendConnected
     | SocketGranted
     | SocketSteered
@@ -140,59 +163,73 @@ BrokerMessage = (
 # ---- worker to broker ----------------------------------------------------------------------------------------
 
 
-class Ready(_Message, frozen=True):
+class Ready(Message, frozen=True):
     """Privileges are dropped; a front-end may come."""
 
 
-class MemoryWanted(_Message, frozen=True):
+class MemoryWanted(Message, frozen=True):
     """Asks to have so much memory locked in all, in place of what was granted before; 0 when none is any more."""
 
     locked_bytes: int
 
 
-class SocketWanted(_Message, frozen=True):
+class SocketWanted(Message, frozen=True):
     """Asks for an AF_XDP socket for a queue pair."""
 
     queue_pair: int
+    binding: int
+    """Serial number of what it is to be bound to."""
 
 
-class SocketBound(_Message, frozen=True):
+class SocketBound(Message, frozen=True):
     """The socket of a queue pair is bound and can take frames."""
 
     queue_pair: int
     mode: SocketMode
 
 
-class SocketReleased(_Message, frozen=True):
+class SocketReleased(Message, frozen=True):
     """The socket of a queue pair is closed; its queue drops frames until the next one."""
 
     queue_pair: int
     await_free: bool = False
-    """Answer when no NIC can write to the socket's buffers any more (zero-copy mode; copy mode ends with the close)."""
+    """Answer when no NIC can write to the buffers of any socket that the queue pair had (zero-copy mode; copy mode ends
+    with the close). A socket that was granted meanwhile stays granted."""
 
 
-class SessionChanged(_Message, frozen=True):
+class Rebound(Message, frozen=True):
+    """Answers `Rebind`: every queue pair that had a socket, or needs one, has another; or `error` says why not.
+
+    Then those that could be given a socket have one. If none could be had to begin with, all is as it was before.
+    `errno` is 0 if no system call failed.
+    """
+
+    errno: int = 0
+    error: str | None = None
+
+
+class SessionChanged(Message, frozen=True):
     """The guest's state; `error` says why a session ended, if it did not end by the front-end's will."""
 
     state: GuestState
     error: str | None = None
 
 
-class Fault(_Message, frozen=True):
+class Fault(Message, frozen=True):
     """The guest broke a virtqueue, which was stopped; the others go on."""
 
     vring: int
     error: str
 
 
-class Resumed(_Message, frozen=True):
+class Resumed(Message, frozen=True):
     """A virtqueue goes on where an earlier worker ended, which had `buffers` of it."""
 
     vring: int
     buffers: int
 
 
-class Notice(_Message, frozen=True):
+class Notice(Message, frozen=True):
     """Something worth a line for the user that stopped nothing."""
 
     text: str
@@ -200,28 +237,18 @@ class Notice(_Message, frozen=True):
     """Something failed, such as a message of the front-end that was refused."""
 
 
-class WorkerReport(_Message, frozen=True):
+class WorkerReport(Message, frozen=True):
     """The counters of the port since this worker started."""
 
     rx: DirectionReport
     tx: DirectionReport
 
 
-WorkerMessage = (
-    Ready
-    | MemoryWanted
-    | SocketWanted
-    | SocketBound
-    | SocketReleased
-    | SessionChanged
-    | Fault
-    | Resumed
-    | Notice
-    | WorkerReport
-)
+SocketMessage = MemoryWanted | SocketWanted | SocketBound | SocketReleased
+WorkerMessage = Ready | SocketMessage | Rebound | SessionChanged | Fault | Resumed | Notice | WorkerReport
 
-Outgoing = TypeVar("Outgoing", bound=_Message)
-Incoming = TypeVar("Incoming", bound=_Message)
+Outgoing = TypeVar("Outgoing", bound=Message)
+Incoming = TypeVar("Incoming", bound=Message)
 
 
 class ControlChannel(Generic[Outgoing, Incoming]):

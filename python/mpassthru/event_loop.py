@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
-from mpassthru.errors import EXHAUSTED, HostError, host_error
+from mpassthru.errors import EXHAUSTED, HostError, MpassthruError, host_error
 
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def ungrouped() -> Iterator[None]:
+    """Around a task group: what a task of it failed with is raised as it is, and not in an exception group."""
+    try:
+        yield
+    except* (MpassthruError, OSError) as errors:
+        raise errors.exceptions[0] from None
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -16,6 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from mpassthru.broker.binding_state import BindingState
 from mpassthru.broker.status import AttachReport, to_json
 from mpassthru.report import DirectionReport, PortReport
 
@@ -105,6 +106,8 @@ class LineView:
         """Print the figures in one line."""
         rx, tx = self._meter.rates(report)
         state = f"{report.guest}/{report.mode}" if report.guest == "running" else report.guest
+        if report.binding is not BindingState.BOUND:
+            state = f"{state}, {_standing(report)}"
         if report.worker != "ready":
             state = f"worker {report.worker}"
         self.say(
@@ -224,7 +227,19 @@ def _live_compact(report: AttachReport, rx: Rates, tx: Rates) -> Iterator[str]:
         yield f"   {_fate(total)}"
 
 
+def _standing(report: AttachReport) -> str:
+    """Where the port stands with its interface; empty if it is bound."""
+    match report.binding:
+        case BindingState.WAITING:
+            return f"waiting for {report.interface}: {report.waiting_because}"
+        case BindingState.UNBOUND:
+            return "unbound"
+    return ""
+
+
 def _title(report: AttachReport) -> str:
+    if report.binding is not BindingState.BOUND:
+        return f"{_standing(report)}; guest {report.guest}"
     if report.worker != "ready":
         return f"{report.interface}: worker {report.worker}, restarts {report.worker_restarts}, {report.xdp_mode} XDP"
     if report.guest != "running":

@@ -82,7 +82,7 @@ class LockedMemory:
             return
         with _accounts_error(directory):
             directory.mkdir(mode=0o755, exist_ok=True)
-        with _locked_accounts(directory):
+        with locked_accounts(directory):
             self._fd, self._path = tempfile.mkstemp(prefix="port-", dir=directory)
             try:
                 os.fchmod(self._fd, FILE_MODE)
@@ -109,10 +109,21 @@ class LockedMemory:
             self._check(wanted_bytes, [])
             self.locked_bytes = wanted_bytes
             return
-        with _locked_accounts(self._directory):
+        with locked_accounts(self._directory):
             if wanted_bytes > self.locked_bytes:
                 self._check(wanted_bytes, [other for path, other in _holdings(self._directory) if path != self._path])
             self._write(wanted_bytes)
+
+    def move(self, interface: str) -> None:
+        """The port is bound to another interface: others are to know it by that.
+
+        Raises:
+            HostError: the accounts cannot be written.
+        """
+        self._interface = interface
+        if self._directory is not None:
+            with locked_accounts(self._directory):
+                self._write(self.locked_bytes)
 
     def close(self) -> None:
         """Hold nothing any more. May be repeated."""
@@ -153,7 +164,7 @@ def holdings(directory: Path = RUNTIME_DIR) -> list[Holding]:
     """
     if not (directory / LOCK).exists():
         return []
-    with _locked_accounts(directory):
+    with locked_accounts(directory):
         return [holding for _, holding in _holdings(directory)]
 
 
@@ -182,7 +193,12 @@ def _is_abandoned(fd: int) -> bool:
 
 
 @contextlib.contextmanager
-def _locked_accounts(directory: Path) -> Iterator[None]:
+def locked_accounts(directory: Path) -> Iterator[None]:
+    """Nobody else changes anything in the directory meanwhile.
+
+    Raises:
+        HostError: it cannot be locked.
+    """
     with _accounts_error(directory):
         fd = os.open(directory / LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, LOCK_MODE)
         try:

@@ -271,16 +271,6 @@ async def test_ending_leaves_nothing_behind(
     assert os.listdir(path.parent) == []
 
 
-async def test_interface_that_goes_away_ends_the_port_with_a_reason(veth: Namespace, path: Path) -> None:
-    async with attached_port(veth, path) as port, running_guest(port, path):
-        veth.run("ip", "link", "delete", veth.ifname)
-
-        assert await port.wait() == 1
-
-    assert any(f"interface {veth.ifname} is gone" in line for line in port.lines)
-    assert os.listdir(path.parent) == []
-
-
 async def test_interface_that_goes_down_and_up_again_carries_on(veth: Namespace, path: Path) -> None:
     async with attached_port(veth, path) as port, running_guest(port, path) as guest:
         guest.start(rx="sink", source=Source(pattern=Pattern(), rate_frames_per_s=10_000.0))

@@ -159,7 +159,7 @@ def test_another_af_xdp_socket_on_the_queue(veth: Namespace, path: Path) -> None
     with bound_xsk(veth.ifindex):
         line = refused(veth, veth.ifname, "--socket-path", str(path))
 
-    assert f"cannot attach to {veth.ifname} queue 0: another AF_XDP socket owns this queue" in line
+    assert f"cannot attach to {veth.ifname}: another AF_XDP socket owns queue 0" in line
     assert_nothing_left(veth, path)
 
 

@@ -12,11 +12,13 @@ import pytest
 from rich.console import Console
 
 from mpassthru import live_view
+from mpassthru.broker.binding_state import BindingState
 from mpassthru.broker.status import AttachReport, PortStatus
 from mpassthru.live_view import JsonView, LineView, Rates, TerminalView, by_reason, share
 from mpassthru.report import DirectionReport
 
-FIRST = PortStatus(guest="running", worker="ready").report(interface="eth9", queue_ids=(0,), xdp_mode="native")
+BOUND = PortStatus(interface="eth9", queue_ids=(0,), xdp_mode="native", binding=BindingState.BOUND)
+FIRST = replace(BOUND, guest="running", worker="ready").report()
 SECOND = msgspec.structs.replace(
     FIRST,
     mode="copy",
@@ -190,7 +192,7 @@ def test_mode_of_an_ended_port_is_that_of_its_last_socket() -> None:
     status.worker_ended()
 
     def report(*, ended: bool) -> AttachReport:
-        return status.report(interface="eth9", queue_ids=(0,), xdp_mode="native", ended=ended)
+        return status.report(ended=ended)
 
     assert report(ended=False).mode == "detached"
     assert report(ended=True).mode == "copy"

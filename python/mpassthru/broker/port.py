@@ -6,8 +6,8 @@ of its queues are dropped, the host sees none of them), and the one in reserve t
 the last one lived only briefly. What was in flight is in a memory file that outlives them all
 (`mpassthru.inflight_records`).
 
-The broker never maps guest memory and never reads from a vhost-user socket. It keeps an AF_XDP socket's fd only from
-its creation until it is in the XSKMAP: an open copy would keep the socket, and with it the queue, alive.
+Which interface the port has, if any, is `mpassthru.broker.keeper`'s to decide, and may change at any time (`rebind`).
+The broker never maps guest memory and never reads from a vhost-user socket.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import re
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import msgspec
 
 from mpassthru import control
 from mpassthru.broker.endpoint import Endpoint
+from mpassthru.broker.socket_grants import SocketGrants, Steering, WaitQueueFree
 from mpassthru.broker.status import PortStatus
 from mpassthru.broker.worker_process import STOP_TIMEOUT_S, WorkerProcess
 from mpassthru.broker.worker_supply import WorkerSupply
 from mpassthru.broker.xsk import create_socket
 from mpassthru.control import ControlError, close_fds
-from mpassthru.errors import HostError, MpassthruError
+from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.inflight_records import make_records
 from mpassthru.locked_memory import LockedMemory
 from mpassthru.log import LineLimiter, printable
@@ -43,8 +43,6 @@ RESTART_AT_ONCE_S = 1.0
 """A worker that lived this long is followed by another at once; after a shorter life comes a pause, each twice as long.
 Whoever can make workers end, such as a guest, costs the host one start a second at most."""
 REPORT_TIMEOUT_S = 2.0
-FREE_TIMEOUT_S = 15.0
-"""How long a queue may be held after its socket was closed; a NIC whose link has to come back takes seconds."""
 STDERR_LINES_MAX = 200
 """Of a worker, in the time of a `LineLimiter`: a traceback is kept whole."""
 REASONS_MAX = 64
@@ -54,32 +52,11 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 Say = Callable[[str], None]
 
 
-class WaitQueueFree(Protocol):
-    """`mpassthru.netdev.af_xdp.wait_queue_free`."""
-
-    async def __call__(self, ifname: str, ifindex: int, queue_id: int, *, timeout_s: float) -> None:
-        """Return when no NIC can write to the last socket's buffers; HostError if that does not come to pass."""
-
-
-class Steering(Protocol):
-    """What a port needs of `_core.SteeringProgram`."""
-
-    def set_socket(self, queue_id: int, socket_fd: int) -> None:
-        """Send a queue's frames to a socket."""
-
-    def clear_socket(self, queue_id: int) -> None:
-        """Drop a queue's frames."""
-
-    def counters(self) -> dict[int, dict[str, int]]:
-        """Frames of each queue, by name."""
-
-
 class Port:
     """Runs a port until told to stop.
 
     Args:
-        configuration: What each worker is told; `keep_ipc_lock` is decided per worker.
-        steering: The attached XDP program, with this port's queues claimed; in mode `packet` there is none.
+        configuration: What each worker is told; `keep_ipc_lock`, `binding` and `unproven` are those of the moment.
         endpoint: Where front-ends come from.
         memory: This port's place in the accounts of locked memory.
         once: End after one front-end, or when the worker dies.
@@ -93,7 +70,6 @@ class Port:
     def __init__(
         self,
         configuration: control.Configure,
-        steering: Steering,
         endpoint: Endpoint,
         memory: LockedMemory,
         *,
@@ -105,38 +81,75 @@ class Port:
         wait_free: WaitQueueFree = wait_queue_free,
     ) -> None:
         self.status = PortStatus()
-        self._failed = False
         self._configuration = configuration
-        self._steering = steering
         self._endpoint = endpoint
         self._memory = memory
         self._once = once or endpoint.single
         self._say = LineLimiter(say)
         self._say_stderr = LineLimiter(say, lines_max=STDERR_LINES_MAX)
         self._supply = WorkerSupply(start_worker, self._say, self._say_of_worker)
-        self._new_socket = new_socket
-        self._wait_free = wait_free
+        self._grants = SocketGrants(configuration.queue_pairs, new_socket, wait_free)
+        self._steering: Steering | None = None
+        self._steering_before: dict[str, dict[str, int]] = {}
+        self._rebinding: asyncio.Future[control.Rebound] | None = None
         self._freeing: dict[int, asyncio.Task[None]] = {}
         self._stopping = stopping or asyncio.Event()
         self._idle = asyncio.Event()
         self._reported = asyncio.Event()
         self._worker: WorkerProcess | None = None
-        self._sockets: dict[int, socket.socket] = {}
 
     @property
     def failed(self) -> bool:
-        """Whether the port ended for want of something, or its only front-end met trouble."""
-        return self._failed or (self._once and bool(self.status.troubles))
+        """Whether the port's only front-end met trouble."""
+        return self._once and bool(self.status.troubles)
 
     def stop(self) -> None:
         """Ask for an orderly end; `run` returns when everything has been given back."""
         self._stopping.set()
 
-    def fail(self, line: str) -> None:
-        """Like `stop`, for a reason that the user should know."""
-        self._trouble(line)
-        self._failed = True
-        self.stop()
+    def say(self, line: str) -> None:
+        """Tell the user something."""
+        self._say(line)
+
+    def trouble(self, line: str) -> None:
+        """Tell the user of something that went wrong, and keep it for the report."""
+        self.status.troubles.append(line)
+        self._say(line)
+
+    async def rebind(self, binding: control.Binding | None, steering: Steering | None = None) -> None:
+        """Have the port's sockets on another interface, or in another way, or on none. One at a time.
+
+        That goes for the worker that lives, and for all that come.
+
+        Args:
+            binding: What to bind to.
+            steering: The XDP program that is attached, with this port's queues claimed; in mode `packet` a stand-in.
+
+        Raises:
+            MpassthruError: the worker could not; what sockets there are now is for the next `rebind` to settle.
+        """
+        self._configuration = msgspec.structs.replace(self._configuration, binding=binding)
+        if steering is not self._steering:
+            self._steering_before, self._steering = self.read_steering(), steering
+        if binding is not None and steering is not None:
+            self._grants.offer(binding, steering)
+        if self._worker is not None:
+            await self._rebind_worker(self._worker, binding)
+        # Not before: until it has switched, a worker goes on with what it had.
+        self._grants.withdraw_all_but(self._configuration.binding)
+
+    async def _rebind_worker(self, worker: WorkerProcess, binding: control.Binding | None) -> None:
+        self._rebinding = asyncio.get_running_loop().create_future()
+        try:
+            with contextlib.suppress(ControlError):  # a worker that is already dead is found elsewhere
+                worker.channel.send(control.Rebind(binding=binding))
+                answer = await self._rebinding
+                if answer.error is not None and answer.errno:
+                    raise HostError(answer.errno, printable(answer.error))
+                if answer.error is not None:
+                    raise RefusedError(printable(answer.error))
+        finally:
+            self._rebinding = None
 
     async def run(self) -> None:
         """Keep a worker running until `stop`, or until the one front-end of `once` has left.
@@ -144,7 +157,7 @@ class Port:
         Raises:
             HostError: the front-end's socket cannot be connected to, or no worker can be started.
         """
-        records_fd = make_records(len(self._configuration.queue_ids))
+        records_fd = make_records(self._configuration.queue_pairs)
         try:
             await self._run_workers(records_fd)
         finally:
@@ -181,8 +194,13 @@ class Port:
         return self.status
 
     def read_steering(self) -> dict[str, dict[str, int]]:
-        """The XDP program's counters, by hardware queue."""
-        return {str(queue): dict(names) for queue, names in self._steering.counters().items()}
+        """The counters of all XDP programs that the port has had, by hardware queue."""
+        counters = {queue: dict(names) for queue, names in self._steering_before.items()}
+        for queue, names in (self._steering.counters() if self._steering else {}).items():
+            before = counters.setdefault(str(queue), {})
+            for name, count in names.items():
+                before[name] = before.get(name, 0) + count
+        return counters
 
     async def _run_worker(self, records_fd: int) -> None:
         """One worker, from start to reaped."""
@@ -195,7 +213,7 @@ class Port:
         try:
             keep_ipc_lock = not worker.limit_locked_memory(self._memory.budget.host_max_bytes)
             with contextlib.suppress(ControlError):  # a worker that is already dead is found below
-                worker.channel.send(_with_ipc_lock(self._configuration, keep_ipc_lock), (records_fd,))
+                worker.channel.send(self._configuration_now(keep_ipc_lock), (records_fd,))
             self._worker = worker
             await asyncio.wait({reading, feeding, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._let_worker_end(worker, reading, feeding)
@@ -205,15 +223,20 @@ class Port:
             raise
         finally:
             self._worker = None
+            if self._rebinding is not None and not self._rebinding.done():
+                self._rebinding.set_result(control.Rebound())  # the next one does as it is told from the start
             helpers = (reading, feeding, stopping, *self._freeing.values())
             for task in helpers:
                 task.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
             self._freeing.clear()
             self._idle.clear()
-            self._drop_sockets()
+            self._grants.release_all()
             self._unlock_memory()
             self.status.worker_ended()
+
+    def _configuration_now(self, keep_ipc_lock: bool) -> control.Configure:
+        return msgspec.structs.replace(self._configuration, keep_ipc_lock=keep_ipc_lock, unproven=self._grants.unproven)
 
     async def _let_worker_end(
         self, worker: WorkerProcess, reading: asyncio.Task[None], feeding: asyncio.Task[None]
@@ -230,7 +253,7 @@ class Port:
         await worker.end()
         if broken is not None or not asked:
             cause = f": {broken}" if broken is not None else ""
-            self._trouble(f"worker {worker.pid} of {self._configuration.interface} {worker.exit_text}{cause}")
+            self.trouble(f"worker {worker.pid} {worker.exit_text}{cause}")
         if broken is not None and not isinstance(broken, MpassthruError):
             raise broken
         if feeding.done():
@@ -267,31 +290,41 @@ class Port:
                 self._say(f"worker {worker.pid} is ready for a front-end")
                 self.status.worker = "ready"
                 self._idle.set()
-            case control.MemoryWanted(locked_bytes=locked_bytes):
-                self._lock_memory(worker, locked_bytes)
-            case control.SocketWanted(queue_pair=queue_pair):
-                self._grant_socket(worker, queue_pair)
-            case control.SocketBound(queue_pair=queue_pair, mode=mode):
-                self._steer_socket(worker, queue_pair, mode)
-            case control.SocketReleased(queue_pair=queue_pair, await_free=await_free):
-                self._release_socket(queue_pair)
-                if await_free:
-                    if (earlier := self._freeing.pop(queue_pair, None)) is not None:
-                        earlier.cancel()
-                    self._freeing[queue_pair] = asyncio.create_task(self._tell_when_free(worker, queue_pair))
+            case control.MemoryWanted() | control.SocketWanted() | control.SocketBound() | control.SocketReleased():
+                self._act_on_sockets(worker, message)
+            case control.Rebound():
+                if self._rebinding is None or self._rebinding.done():
+                    raise ControlError("the worker says that it is bound anew, unasked")
+                self._rebinding.set_result(message)
             case control.SessionChanged(state=state, error=error):
                 self._session_changed(state, error)
             case control.Fault(vring=vring, error=error):
                 self.status.faults += 1
-                self._trouble(f"virtqueue {vring} was stopped, for the guest broke it: {printable(error)}")
+                self.trouble(f"virtqueue {vring} was stopped, for the guest broke it: {printable(error)}")
             case control.Resumed(vring=vring, buffers=buffers):
                 self.status.buffers_resumed += buffers
                 self._say(f"virtqueue {vring} goes on where a worker ended that had {buffers} of its buffers")
             case control.Notice(text=text, trouble=trouble):
-                (self._trouble if trouble else self._say)(printable(text))
+                (self.trouble if trouble else self._say)(printable(text))
             case control.WorkerReport(rx=rx, tx=tx):
                 self.status.worker_reported(_checked(rx), _checked(tx))
                 self._reported.set()
+
+    def _act_on_sockets(self, worker: WorkerProcess, message: control.SocketMessage) -> None:
+        match message:
+            case control.MemoryWanted(locked_bytes=locked_bytes):
+                self._lock_memory(worker, locked_bytes)
+            case control.SocketWanted(queue_pair=queue_pair, binding=serial):
+                self._grant_socket(worker, queue_pair, serial)
+            case control.SocketBound(queue_pair=queue_pair, mode=mode):
+                self._steer_socket(worker, queue_pair, mode)
+            case control.SocketReleased(queue_pair=queue_pair, await_free=await_free):
+                self._grants.release(queue_pair, keep_granted=await_free)
+                self.status.modes.pop(queue_pair, None)
+                if await_free:
+                    if (earlier := self._freeing.pop(queue_pair, None)) is not None:
+                        earlier.cancel()
+                    self._freeing[queue_pair] = asyncio.create_task(self._tell_when_free(worker, queue_pair))
 
     def _lock_memory(self, worker: WorkerProcess, locked_bytes: int) -> None:
         if locked_bytes < 0:
@@ -309,48 +342,32 @@ class Port:
         try:
             self._memory.lock(0)
         except MpassthruError as error:
-            self._trouble(str(error))
+            self.trouble(str(error))
 
-    def _grant_socket(self, worker: WorkerProcess, queue_pair: int) -> None:
-        self._queue_id(queue_pair)
-        self._forget_socket(queue_pair)
+    def _grant_socket(self, worker: WorkerProcess, queue_pair: int, serial: int) -> None:
         try:
-            sock = self._new_socket(self._configuration.ifindex)
-        except HostError as error:
-            worker.channel.send(control.SocketRefused(queue_pair=queue_pair, errno=error.errno or 0, error=str(error)))
-            return
-        self._sockets[queue_pair] = sock
-        worker.channel.send(control.SocketGranted(queue_pair=queue_pair), (sock.fileno(),))
+            sock = self._grants.grant(queue_pair, serial)
+        except (HostError, RefusedError) as error:
+            worker.channel.send(_refusal(queue_pair, error))
+        else:
+            worker.channel.send(control.SocketGranted(queue_pair=queue_pair), (sock.fileno(),))
 
     def _steer_socket(self, worker: WorkerProcess, queue_pair: int, mode: control.SocketMode) -> None:
-        sock = self._sockets.get(queue_pair)
-        if sock is None:
-            raise ControlError(f"the worker bound a socket of queue pair {queue_pair} that it was not given")
-        if self._memory.locked_bytes == 0 and self._configuration.socket_mode != "packet":
-            raise ControlError(f"the worker bound a socket of queue pair {queue_pair} without leave to lock memory")
         try:
-            self._steering.set_socket(self._queue_id(queue_pair), sock.fileno())
+            self._grants.steer(queue_pair, pins_memory=self._memory.locked_bytes > 0)
         except HostError as error:
-            worker.channel.send(control.SocketRefused(queue_pair=queue_pair, errno=error.errno or 0, error=str(error)))
-            return
-        finally:
-            self._forget_socket(queue_pair)
-        self.status.socket_steered(queue_pair, mode)
-        worker.channel.send(control.SocketSteered(queue_pair=queue_pair))
-
-    def _release_socket(self, queue_pair: int) -> None:
-        self._steering.clear_socket(self._queue_id(queue_pair))
-        self._forget_socket(queue_pair)
-        self.status.modes.pop(queue_pair, None)
+            worker.channel.send(_refusal(queue_pair, error))
+        else:
+            self.status.socket_steered(queue_pair, mode)
+            worker.channel.send(control.SocketSteered(queue_pair=queue_pair))
 
     async def _tell_when_free(self, worker: WorkerProcess, queue_pair: int) -> None:
-        """Tell the worker that no NIC can write to the buffers of its last socket any more."""
-        configuration, queue_id = self._configuration, self._queue_id(queue_pair)
+        """Tell the worker that no NIC can write to the buffers of its last sockets any more."""
         answer: control.SocketFreed | control.SocketRefused = control.SocketFreed(queue_pair=queue_pair)
         try:
-            await self._wait_free(configuration.interface, configuration.ifindex, queue_id, timeout_s=FREE_TIMEOUT_S)
+            await self._grants.until_free(queue_pair)
         except HostError as error:
-            answer = control.SocketRefused(queue_pair=queue_pair, errno=error.errno or 0, error=str(error))
+            answer = _refusal(queue_pair, error)
         with contextlib.suppress(ControlError):  # a worker that has died needs no answer
             worker.channel.send(answer)
 
@@ -359,38 +376,20 @@ class Port:
             self._say(f"guest: {state}")
         self.status.guest = state
         if error is not None:
-            self._trouble(f"session ended: {printable(error)}")
+            self.trouble(f"session ended: {printable(error)}")
         if state == "running" and not self._once:
             self._supply.keep_reserve()
         if state == "waiting":
-            # One that was never bound would keep the memory that is registered on it pinned.
-            self._drop_sockets()
+            self._grants.forget_granted()
             self._idle.set()
-
-    def _queue_id(self, queue_pair: int) -> int:
-        if not 0 <= queue_pair < len(self._configuration.queue_ids):
-            raise ControlError(f"the worker named queue pair {queue_pair}, which it does not have")
-        return self._configuration.queue_ids[queue_pair]
-
-    def _forget_socket(self, queue_pair: int) -> None:
-        sock = self._sockets.pop(queue_pair, None)
-        if sock is not None:
-            sock.close()
-
-    def _drop_sockets(self) -> None:
-        for queue_pair in list(self._sockets):
-            self._forget_socket(queue_pair)
 
     def _say_of_worker(self, line: str) -> None:
         self._say_stderr(f"worker: {printable(line)}")
 
-    def _trouble(self, line: str) -> None:
-        self.status.troubles.append(line)
-        self._say(line)
 
-
-def _with_ipc_lock(configuration: control.Configure, keep: bool) -> control.Configure:
-    return msgspec.structs.replace(configuration, keep_ipc_lock=keep)
+def _refusal(queue_pair: int, error: HostError | RefusedError) -> control.SocketRefused:
+    number = error.errno or 0 if isinstance(error, HostError) else 0
+    return control.SocketRefused(queue_pair=queue_pair, errno=number, error=str(error))
 
 
 def _checked(report: DirectionReport) -> DirectionReport:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from mpassthru.broker.binding_state import BindingState, Lack, Need
 from mpassthru.control import GuestState, SocketMode
 from mpassthru.report import DirectionReport, PortReport
 
@@ -21,8 +22,15 @@ class AttachReport(PortReport, frozen=True, kw_only=True):
     """A `PortReport` and where it comes from."""
 
     interface: str
+    """The one that the port is bound to, waits for, or had last."""
     queue_ids: tuple[int, ...]
     xdp_mode: str
+    binding: BindingState
+    waiting_for: Need | None
+    waiting_because: str | None
+    """Why, in a line; None if the port does not wait."""
+    link: bool
+    """The guest could have a link: the port is bound, and the interface has a carrier."""
     guest: GuestState
     sessions: int
     """Front-ends that have connected."""
@@ -45,6 +53,12 @@ class AttachReport(PortReport, frozen=True, kw_only=True):
 class PortStatus:
     """The state of a port; counters go on counting when a worker is replaced."""
 
+    interface: str = ""
+    queue_ids: tuple[int, ...] = ()
+    xdp_mode: str = ""
+    binding: BindingState = BindingState.UNBOUND
+    lack: Lack | None = None
+    link: bool = False
     guest: GuestState = "waiting"
     modes: dict[int, SocketMode] = field(default_factory=dict)
     worker: WorkerState = "starting"
@@ -90,15 +104,19 @@ class PortStatus:
         self.worker = "ended"
         self.worker_pid = None
 
-    def report(self, *, interface: str, queue_ids: tuple[int, ...], xdp_mode: str, ended: bool = False) -> AttachReport:
+    def report(self, *, ended: bool = False) -> AttachReport:
         """The figures in their published form; the mode of a port that has ended is that of its last socket."""
         return AttachReport(
             mode=(self.last_mode or "detached") if ended else self.mode,
             rx=self.rx,
             tx=self.tx,
-            interface=interface,
-            queue_ids=queue_ids,
-            xdp_mode=xdp_mode,
+            interface=self.interface,
+            queue_ids=self.queue_ids,
+            xdp_mode=self.xdp_mode,
+            binding=self.binding,
+            waiting_for=self.lack.need if self.lack else None,
+            waiting_because=self.lack.reason if self.lack else None,
+            link=self.link,
             guest=self.guest,
             sessions=self.sessions,
             faults=self.faults,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mpassthru.cli import attach, backend, demo, doctor
+from mpassthru.cli import attach, backend, demo, doctor, running_port
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +35,9 @@ def _options(
 
 
 app.command("attach")(attach.attach_command)
+app.command("bind")(running_port.bind_command)
+app.command("unbind")(running_port.unbind_command)
+app.command("status")(running_port.status_command)
 app.command("doctor")(doctor.doctor_command)
 app.command("demo")(demo.demo_command)
 app.command("backend-json")(backend.backend_json_command)

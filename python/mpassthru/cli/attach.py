@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 from mpassthru import event_loop
-from mpassthru.broker.attach import AttachOptions, attach
+from mpassthru.broker.attach import attach
 from mpassthru.broker.mode import ZeroCopyOptions
+from mpassthru.broker.options import AttachOptions
 from mpassthru.broker.tx_offloads import TxOffloads
 from mpassthru.cli.backend import PrintCapabilities
 from mpassthru.cli.locked_memory import LockedMemoryAll, RuntimeDir

@@ -20,6 +20,6 @@ RuntimeDir = Annotated[
     typer.Option(
         metavar="DIR",
         envvar="MPASSTHRU_RUNTIME_DIR",
-        help="Where all ports of this host keep the accounts of locked memory; /run/mpassthru if left out.",
+        help="Where all ports of this host keep their accounts and are talked to; /run/mpassthru if left out.",
     ),
 ]

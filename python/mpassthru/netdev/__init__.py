@@ -24,7 +24,7 @@ from mpassthru.netdev.facts import (
     XdpProgram,
 )
 from mpassthru.netdev.netdev_family import kernel_version
-from mpassthru.netdev.reader import no_such_interface, read_interface
+from mpassthru.netdev.reader import find_interface, no_such_interface, read_interface, read_link
 from mpassthru.netdev.umem_cost import UMEM_MAX_BYTES, UmemCost, format_bytes, umem_cost
 from mpassthru.netdev.zero_copy import Refusal, trouble, zero_copy_rules
 
@@ -45,6 +45,7 @@ __all__ = [
     "XdpProgram",
     "bind_error",
     "check_queue",
+    "find_interface",
     "format_bytes",
     "frame_max_bytes",
     "has_multi_buffer",
@@ -55,6 +56,7 @@ __all__ = [
     "probe_bind",
     "read_address",
     "read_interface",
+    "read_link",
     "trouble",
     "umem_cost",
     "warnings_for",

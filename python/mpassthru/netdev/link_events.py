@@ -1,8 +1,8 @@
 """What happens to an interface, as data: its state at a moment, and the events that lead from one to the next.
 
-Events are differences of two readings, not the content of notifications: those get lost (netlink(7), ENOBUFS), come late,
-and for some things do not come at all. What changed and changed back in between is no event, but for one thing: an
-interface that was away is never the same again.
+Events are differences of two readings, not the content of notifications: those get lost (netlink(7), ENOBUFS), come
+late, and for some things do not come at all. What changed and changed back in between is no event, but for one thing:
+an interface that was away is never the same again.
 """
 
 from __future__ import annotations

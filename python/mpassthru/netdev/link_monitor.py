@@ -70,19 +70,20 @@ class LinkMonitor:
         self._on_news = on_news
         self._on_trouble = on_trouble
         self._interval_s = interval_s
-        self._name = ""
+        self._name: str | None = None
         self._ifindex: int | None = None
         self._looked = False
         self._departure: Removed | Moved | None = None
         self._lost = False
         self._in_trouble = False
         self._hint = asyncio.Event()
+        self._looking = asyncio.Lock()
 
-    def follow(self, name: str, ifindex: int | None) -> None:
+    def follow(self, name: str | None, ifindex: int | None = None) -> None:
         """Watch another interface from now on.
 
         Args:
-            name: Its name.
+            name: Its name; None to watch none.
             ifindex: Its index, by which it is known from then on; None to wait until one has that name.
         """
         if (name, ifindex) == (self._name, self._ifindex):
@@ -106,29 +107,36 @@ class LinkMonitor:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._interval_s):
                         await self._hint.wait()
-                hinted = self._hint.is_set()
-                self._hint.clear()
-                await self._look(hinted)
+                await self.look()
 
-    async def _look(self, hinted: bool) -> None:
-        name, ifindex = self._name, self._ifindex
-        departure, lost = self._departure, self._lost
-        self._departure, self._lost = None, False
-        try:
+    async def look(self) -> None:
+        """Look now. What the kernel has told until then, and what is seen, is told before this returns."""
+        async with self._looking:
+            try:
+                await self._look()
+            except HostError as error:
+                if not self._in_trouble:
+                    self._on_trouble(f"{error}; trying again every {self._interval_s:g} s")
+                self._in_trouble = True
+            else:
+                self._in_trouble = False
+
+    async def _look(self) -> None:
+        hinted = False
+        while True:
+            name, ifindex, departure = self._name, self._ifindex, self._departure
+            hinted |= self._hint.is_set()
+            self._hint.clear()
+            if name is None:
+                return
             state = await read_link(name, ifindex)
-        except HostError as error:
-            if not self._in_trouble:
-                self._on_trouble(f"{error}; trying again every {self._interval_s:g} s")
-            self._in_trouble = True
-            self._departure, self._lost = self._departure or departure, self._lost or lost
-            return
-        self._in_trouble = False
-        if (name, ifindex) != (self._name, self._ifindex):
-            return  # it is no longer what we follow
-        events: tuple[LinkEvent, ...] = (NotificationsLost(),) if lost else ()
+            if (name, ifindex, departure) == (self._name, self._ifindex, self._departure):
+                break  # otherwise it is no longer what we follow, or may not be the interface that it was
+        events: tuple[LinkEvent, ...] = (NotificationsLost(),) if self._lost else ()
         if self._looked:
             events += tuple(events_between(self.state, state, departure=departure))
         hinted |= not self._looked
+        self._departure, self._lost = None, False
         self.state, self._looked = state, True
         if events or hinted:
             self._on_news(events)
@@ -180,9 +188,7 @@ def _open_ethtool_group(group: int) -> socket.socket:
 def _opened(family: int) -> Iterator[socket.socket]:
     """A netlink socket, which is closed if it cannot be set up."""
     with attempting("watch interfaces"):
-        sock = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, family
-        )
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, family)
         try:
             yield sock
         except BaseException:

@@ -44,6 +44,28 @@ async def read_interface(ifname: str) -> Interface:
         raise host_error(f"read interface {ifname}", OSError(number, "")) from error
 
 
+async def find_interface(ifname: str, ifindex: int | None = None) -> Interface | None:
+    """As `read_interface`; None if there is no such interface.
+
+    Args:
+        ifname: Its name; does not matter if `ifindex` is given.
+        ifindex: Its index, by which it is found whatever it is called by now.
+
+    Raises:
+        HostError: the kernel refused for another reason.
+    """
+    while (link := await read_link(ifname, ifindex)) is not None:
+        try:
+            interface = await read_interface(link.name)
+        except HostError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            continue  # renamed meanwhile, or gone
+        if interface.ifindex == link.ifindex:
+            return interface
+    return None
+
+
 async def read_link(ifname: str, ifindex: int | None = None) -> LinkState | None:
     """What a port on an interface depends on, at less cost than `read_interface`; None if there is no such interface.
 

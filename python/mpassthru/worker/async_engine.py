@@ -71,6 +71,14 @@ class AsyncEngine:
         """Close the socket that was prepared, if there is one."""
         self.engine.discard_prepared(queue_pair)
 
+    async def reclaim(self, queue_pair: int) -> None:
+        """Give the guest back what a closed socket had of it."""
+        await self._end_of("reclaim", self.engine.reclaim(queue_pair))
+
+    def guest_address(self, queue_pair: int) -> bytes | None:
+        """The address that the guest sends from; None as long as it has sent nothing."""
+        return self.engine.guest_address(queue_pair)
+
     def frames(self) -> int:
         """How many frames have been moved, both ways."""
         counters = self.engine.counters()

@@ -1,17 +1,16 @@
 """The network device that front-ends see: `mpassthru.vhost_user.Device` on top of the engine.
 
 A queue pair gets its AF_XDP socket when its first virtqueue starts, for only then is the guest's memory known and
-wanted; it loses it when buffers have to be taken back from the kernel (an rx virtqueue stops), or when the memory map
-changes. A virtqueue that goes on without the other one of its pair gets a new one. The engine decides about buffers;
-this module decides about order: memory, socket, steering, virtqueue.
+wanted; it loses it when buffers have to be taken back from the kernel (an rx virtqueue stops), when the memory map
+changes, or when the port loses its interface. A virtqueue that goes on without the other one of its pair gets a new
+one. The engine decides about buffers; this module decides about order: memory, socket, steering, virtqueue.
 
-In zero-copy mode a NIC writes to the guest's buffers for some 40 ms after the socket was closed. So nobody is told that
-a virtqueue has stopped, and no memory is unmapped, before the broker has seen the hardware queue free.
+Nobody is told that a virtqueue has stopped, and no memory is unmapped, before no NIC can write to it any more: see
+`mpassthru.worker.port_sockets`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 from collections.abc import Callable, Sequence
@@ -19,18 +18,17 @@ from dataclasses import replace
 from typing import Final
 
 from mpassthru import _core
-from mpassthru.control import Configure, ControlError, SocketMode
+from mpassthru.control import Binding, Configure, ControlError
 from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.inflight_records import InflightRecords
-from mpassthru.rules import LINUX_BUFFER_ROOM_BYTES, ZeroCopyRules
 from mpassthru.vhost_user import MemoryRegion, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.device import Vring
 from mpassthru.vhost_user.message import VHOST_VRING_F_LOG
 from mpassthru.vhost_user.vring import is_packed
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.memlock import check_memlock, pinned_bytes
+from mpassthru.worker.port_sockets import INTERFACE_AWAY, PortSockets
 from mpassthru.worker.socket_client import SocketClient
-from mpassthru.worker.socket_renewal import SocketRenewal
 
 FRAME_MIN_BYTES: Final = 60
 ETHERTYPE_RARP: Final = 0x8035
@@ -39,11 +37,6 @@ LOGGED_PAGE_BYTES: Final = 4096
 DESCRIPTOR_BYTES: Final = 16
 AVAIL_HEADER_BYTES: Final = 4
 """VIRTIO 1.3 sections 2.7.5 and 2.7.6; in the packed layout that is all of the driver's event suppression (2.8.10)."""
-
-ATTACH_AGAIN_AFTER_S: Final = 0.2
-"""How long a virtqueue may be without socket after the other one of its pair was stopped. A front-end that stops all of
-them does so one after the other, and would have guest memory pinned anew in between for nothing."""
-ATTACH_AGAIN_PAUSE_MAX_S: Final = 5.0
 
 FEATURES: Final = (
     VirtioFeature.VIRTIO_F_VERSION_1
@@ -86,7 +79,7 @@ class PortDevice:
 
     Args:
         engine: The data plane.
-        sockets: Where AF_XDP sockets come from.
+        client: Where AF_XDP sockets come from.
         configuration: Interface, queues and limits.
         on_running: Called with True when a virtqueue has started and none ran before, with False when the last has
             stopped.
@@ -99,7 +92,7 @@ class PortDevice:
     def __init__(
         self,
         engine: AsyncEngine,
-        sockets: SocketClient,
+        client: SocketClient,
         configuration: Configure,
         *,
         on_running: Callable[[bool], None],
@@ -108,18 +101,19 @@ class PortDevice:
         trouble: Callable[[str], None],
         records: InflightRecords | None = None,
     ) -> None:
-        self.queue_pairs_max = len(configuration.queue_ids)
+        self.queue_pairs_max = configuration.queue_pairs
         self.features = int(FEATURES)
         if self.queue_pairs_max > 1:
             self.features |= VirtioFeature.VIRTIO_NET_F_MQ
         if configuration.tx_offloads:
             self.features |= TX_OFFLOADS
-        if wants_longer_buffers(configuration.zero_copy_rules):
+        if configuration.longer_buffers:
             self.features |= VirtioFeature.VIRTIO_NET_F_HASH_REPORT
         self.protocol_features = int(PROTOCOL_FEATURES)
         self._engine = engine
-        self._sockets = sockets
-        self._configuration = configuration
+        self._client = client
+        self._interface = configuration.binding
+        """What the port is bound to, or was last."""
         self._on_running = on_running
         self._on_resumed = on_resumed
         self._notice = notice
@@ -127,25 +121,33 @@ class PortDevice:
         self._records = records
         self._running: dict[int, Vring] = {}
         self._regions: tuple[MemoryRegion, ...] = ()
+        self._address: bytes | None = None
+        """The guest's, if the front-end said it."""
         self._announced_later: bytes | None = None
         """An address that could not be announced yet."""
         self._log_bytes = 0
         """Size of the migration log; 0 while there is none."""
         self._unlogged = False
         """A virtqueue ran with logging on while there was no log: QEMU sends it after the start."""
+        self._pins_memory = configuration.pins_memory
         self._locked_bytes = 0
         """How much the broker allows to be locked."""
-        self._copy_only = False
-        """Zero-copy mode has gone wrong: sockets are made in copy mode from then on."""
-        self._attaching = [asyncio.Lock() for _ in configuration.queue_ids]
-        self._unproven = set(range(self.queue_pairs_max)) if self._zero_copy else set()
-        """Queue pairs whose last zero-copy socket is closed, and whose hardware queue was not seen free since. To begin
-        with, that socket is one of a worker that may have died just now."""
-        self._attaching_again: set[asyncio.Task[None]] = set()
-        self._preparing: set[int] = set()
-        self._prepared: set[int] = set()
-        """Queue pairs whose next socket is being prepared, or is, and is the one that the broker granted last."""
-        self._renewal = SocketRenewal(self, engine, notice)
+        self._sockets = PortSockets(engine, client, configuration, is_needed=self._runs, notice=notice)
+
+    def _runs(self, queue_pair: int) -> bool:
+        return bool(self._running.keys() & {2 * queue_pair, 2 * queue_pair + 1})
+
+    async def rebind(self, binding: Binding | None) -> None:
+        """Have the sockets on another interface, or on the same in another way, or none; virtqueues go on meanwhile.
+
+        Raises:
+            MpassthruError: a socket could not be had or bound; see `PortSockets.rebind`.
+        """
+        anew = await self._sockets.rebind(binding)
+        self._interface = self._sockets.binding or self._interface
+        address = (self._engine.guest_address(0) or self._address) if anew else self._announced_later
+        if address is not None:
+            await self.send_rarp(address)
 
     async def set_features(self, features: int) -> None:
         """Nothing to do: each virtqueue brings the features it runs with."""
@@ -219,16 +221,16 @@ class PortDevice:
             RefusedError: the memlock limit or the kernel cannot take so much memory.
             HostError: a region cannot be mapped; EBUSY if a NIC may still write to the old one, which stays mapped.
         """
-        await self._renewal.stop()
-        await self._detach_sockets()
-        self._regions = ()
-        if regions:
-            await self._reserve(regions)
-        self._engine.map_memory(core_regions(regions))
-        self._regions = tuple(regions)
-        if not regions:
-            self._announced_later = None  # that guest is gone
-            await self._reserve(())
+        async with self._sockets.changing:
+            await self._sockets.give_up_all()
+            self._regions = ()
+            if regions:
+                await self._reserve(regions)
+            self._engine.map_memory(core_regions(regions))
+            self._regions = tuple(regions)
+            if not regions:
+                self._address = self._announced_later = None  # that guest is gone
+                await self._reserve(())
 
     async def add_memory(self, regions: Sequence[MemoryRegion]) -> bool:
         """Add to the guest's memory while virtqueues run; frames in it are copied until their socket is a newer one.
@@ -239,26 +241,32 @@ class PortDevice:
             HostError: a region cannot be mapped.
         """
         self._check_log(regions)
-        every = (*self._regions, *regions)
-        await self._reserve(every)
-        try:
-            added = await self._engine.add_memory(core_regions(regions))
-        except MpassthruError:
-            await self._reserve(self._regions)
-            raise
-        if added:
-            self._regions = every
-            self._renewal.start()
-        return added
+        async with self._sockets.changing:
+            every = (*self._regions, *regions)
+            await self._reserve(every)
+            try:
+                added = await self._engine.add_memory(core_regions(regions))
+            except MpassthruError:
+                await self._reserve(self._regions)
+                raise
+            if added:
+                self._regions = every
+                self._sockets.renewal.start()
+            return added
 
     async def start_vring(self, index: int, vring: Vring) -> None:
-        """Start a virtqueue, with a socket for its queue pair.
+        """Start a virtqueue, with a socket for its queue pair; without, as long as the interface is away.
 
         Raises:
             HostError: no socket could be had or bound.
             QueueFault: the rings are not in guest memory.
         """
-        await self._attach_socket(index // 2)
+        try:
+            await self._sockets.attach(index // 2)
+        except HostError as error:
+            if error.errno not in INTERFACE_AWAY:
+                raise
+            self._sockets.attach_later(index // 2)
         first = not self._running
         self._note_unlogged(vring)
         self._running[index] = vring  # before the engine knows of it: a start that is cancelled is followed by a stop
@@ -290,21 +298,21 @@ class PortDevice:
         if index not in self._running:
             return 0  # its start was cancelled before the engine heard of it
         queue_pair = index // 2
-        async with self._attaching[queue_pair]:
+        async with self._sockets.lock(queue_pair):
             if not self._engine.socket_attached(queue_pair):
-                await self._prove_free(queue_pair)
+                await self._sockets.prove_free(queue_pair)
             try:
                 base = await self._engine.stop_vring(index)
             except HostError as error:
                 if error.errno != errno.EBUSY:
                     raise
                 # The kernel has buffers of it; only closing the socket brings them back.
-                await self._close_socket(queue_pair)
+                await self._sockets.close(queue_pair)
                 base = await self._engine.stop_vring(index)
             # Not before: a virtqueue that could not be stopped is still to be stopped.
             self._forget_running(index)
         if index ^ 1 in self._running and not self._engine.socket_attached(queue_pair):
-            self._attach_later(queue_pair)
+            self._sockets.attach_later(queue_pair)
         return base
 
     async def set_vring_enabled(self, index: int, enabled: bool) -> None:
@@ -325,11 +333,11 @@ class PortDevice:
         Raises:
             RefusedError: the interface cannot carry such frames.
         """
-        limit_bytes = self._configuration.mtu_bytes
-        if mtu_bytes > limit_bytes:
+        interface = self._interface
+        if interface is not None and mtu_bytes > interface.mtu_bytes:
             raise RefusedError(
-                f"a guest MTU of {mtu_bytes} does not fit {self._configuration.interface} (MTU {limit_bytes}): "
-                f"use host_mtu={limit_bytes} or less"
+                f"a guest MTU of {mtu_bytes} does not fit {interface.interface} (MTU {interface.mtu_bytes}): "
+                f"use host_mtu={interface.mtu_bytes} or less"
             )
 
     async def send_rarp(self, mac: bytes) -> None:
@@ -337,6 +345,7 @@ class PortDevice:
 
         QEMU asks before it starts the guest too: then it goes out as soon as there is a socket.
         """
+        self._address = mac
         if not self._engine.socket_attached(0):
             self._announced_later = mac
             return
@@ -354,8 +363,8 @@ class PortDevice:
         """Close every socket; the session has stopped the virtqueues."""
         for index in tuple(self._running):
             self._forget_running(index)
-        await self._renewal.stop()
-        await self._detach_sockets()
+        async with self._sockets.changing:
+            await self._sockets.give_up_all()
 
     def _forget_running(self, index: int) -> None:
         del self._running[index]
@@ -374,43 +383,20 @@ class PortDevice:
             error: What the engine has seen.
             zero_copy: The socket's mode.
         """
-        suspect = f"{error}; suspect its driver, {self._configuration.driver} of {self._configuration.interface}"
+        interface = self._interface
+        suspect = f"its driver, {interface.driver} of {interface.interface}" if interface else "its driver"
+        suspect = f"{error}; suspect {suspect}"
         try:
             if zero_copy:
                 self._trouble(f"{suspect}; going on in copy mode, as long as this worker lives")
-                await self._leave_zero_copy()
+                await self._sockets.leave_zero_copy()
             else:
                 self._trouble(f"{suspect}; both virtqueues of the pair stand still until the guest starts them anew")
-                await self.give_up_socket(queue_pair)
+                await self._sockets.give_up(queue_pair)
         except ControlError:
             return  # the broker is gone, and with it this process
         except MpassthruError as failure:
             self._trouble(f"queue pair {queue_pair} stands still: {failure}")
-
-    async def _leave_zero_copy(self) -> None:
-        self._copy_only = True
-        attached = [pair for pair in range(self.queue_pairs_max) if self._engine.socket_attached(pair)]
-        for pair in attached:
-            self._discard_prepared(pair)
-        # All at once: what is left in zero-copy mode would force it upon those that share its UMEM.
-        await self.replace_sockets(attached)
-
-    async def give_up_socket(self, queue_pair: int) -> None:
-        """Close a socket; its virtqueues stay, and its buffers go back to them when they stop or get a new one.
-
-        Raises:
-            HostError: EBUSY if the kernel does not let go of the hardware queue.
-        """
-        async with self._attaching[queue_pair]:
-            await self._close_socket(queue_pair)
-
-    async def _close_socket(self, queue_pair: int) -> None:
-        self._discard_prepared(queue_pair)
-        if self._engine.socket_attached(queue_pair):
-            await self._detach_socket(queue_pair)
-            if not self._zero_copy:
-                self._sockets.released(queue_pair)
-        await self._prove_free(queue_pair)
 
     def looks_unshared(self) -> bool:
         """Whether the rings of all running virtqueues hold nothing but zeros, as they do in memory that is not shared.
@@ -434,159 +420,15 @@ class PortDevice:
                 return os.pread(region.fd, min(size_bytes, region.size_bytes - offset), region.mmap_offset + offset)
         return b""
 
-    async def prepare_socket(self, queue_pair: int) -> None:
-        """Make a socket with all of guest memory, for `replace_sockets`; the present one goes on meanwhile.
-
-        Raises:
-            HostError: no socket could be had, or the memory could not be pinned once more (ENOBUFS: the memlock limit).
-        """
-        async with self._attaching[queue_pair]:
-            fd = await self._sockets.want(queue_pair)
-            self._preparing.add(queue_pair)
-        try:
-            await self._engine.prepare_socket(queue_pair, self._socket_config(queue_pair, fd))
-        except BaseException:
-            self._preparing.discard(queue_pair)
-            raise
-        finally:
-            os.close(fd)
-        if queue_pair in self._preparing:
-            self._prepared.add(queue_pair)
-        else:
-            self._engine.discard_prepared(queue_pair)  # the socket that it was to replace is gone
-        self._preparing.discard(queue_pair)
-
-    async def replace_sockets(self, queue_pairs: Sequence[int]) -> None:
-        """Give queue pairs that have a socket another one, without a virtqueue noticing more than lost frames.
-
-        Raises:
-            MpassthruError: a socket could not be had or bound; its queue pair has none then, and is tried again later.
-        """
-        errors: list[MpassthruError] = []
-        for queue_pair in queue_pairs:
-            async with self._attaching[queue_pair]:
-                if self._engine.socket_attached(queue_pair):
-                    await self._detach_socket(queue_pair)
-        for queue_pair in queue_pairs:
-            try:
-                await self._replace_socket(queue_pair)
-            except MpassthruError as error:
-                errors.append(error)
-                self._attach_later(queue_pair)
-        if errors:
-            raise errors[0]
-
-    async def _replace_socket(self, queue_pair: int) -> None:
-        try:
-            await self._attach_socket(queue_pair, for_running=True)
-        except HostError:
-            # A NIC whose link has to come back first takes longer than a bind waits; now the queue is seen free.
-            await self._attach_socket(queue_pair, for_running=True)
-
-    def _discard_prepared(self, queue_pair: int) -> None:
-        self._preparing.discard(queue_pair)
-        if queue_pair in self._prepared:
-            self._prepared.discard(queue_pair)
-            self._engine.discard_prepared(queue_pair)
-
     async def _reserve(self, regions: Sequence[MemoryRegion]) -> None:
-        """Make sure that so much memory may be locked, before anything is. Packet sockets lock none."""
-        if self._configuration.socket_mode == "packet":
+        """Make sure that so much memory may be locked, before anything is."""
+        if not self._pins_memory:
             return
         needed_bytes = pinned_bytes(regions, self.queue_pairs_max) if regions else 0
         if needed_bytes != self._locked_bytes:
             check_memlock(needed_bytes)
-            await self._sockets.lock_memory(needed_bytes)
+            await self._client.lock_memory(needed_bytes)
             self._locked_bytes = needed_bytes
-
-    @property
-    def _zero_copy(self) -> bool:
-        return self._configuration.socket_mode == "zero-copy"
-
-    async def _detach_socket(self, queue_pair: int) -> None:
-        if self._zero_copy:
-            self._unproven.add(queue_pair)
-        await self._engine.detach_socket(queue_pair)
-
-    async def _prove_free(self, queue_pair: int) -> None:
-        if queue_pair in self._unproven:
-            await self._sockets.freed(queue_pair)
-            self._unproven.discard(queue_pair)
-
-    async def _detach_sockets(self) -> None:
-        for queue_pair in range(self.queue_pairs_max):
-            await self.give_up_socket(queue_pair)
-
-    def _attach_later(self, queue_pair: int) -> None:
-        again = asyncio.create_task(self._attach_again(queue_pair))
-        self._attaching_again.add(again)
-        again.add_done_callback(self._attaching_again.discard)
-
-    async def _attach_again(self, queue_pair: int) -> None:
-        """Give what still runs of a queue pair a new socket, sooner or later."""
-        pause_s, told = ATTACH_AGAIN_AFTER_S, False
-        while True:
-            await asyncio.sleep(pause_s)
-            try:
-                await self._attach_socket(queue_pair, for_running=True)
-            except ControlError:
-                return  # the broker is gone, and with it this process
-            except MpassthruError as error:
-                if not told:
-                    self._notice(f"queue pair {queue_pair} stands still until it has a socket again: {error}")
-                told, pause_s = True, min(2 * pause_s, ATTACH_AGAIN_PAUSE_MAX_S)
-            else:
-                return
-
-    async def _attach_socket(self, queue_pair: int, *, for_running: bool = False) -> None:
-        async with self._attaching[queue_pair]:
-            if self._engine.socket_attached(queue_pair):
-                return
-            if for_running and not self._running.keys() & {2 * queue_pair, 2 * queue_pair + 1}:
-                return
-            bind = self._bind_prepared
-            if queue_pair not in self._prepared:
-                self._preparing.discard(queue_pair)
-                # A new socket gives the buffers of the one before back to their virtqueues.
-                await self._prove_free(queue_pair)
-                bind = self._bind_socket
-            try:
-                await self._sockets.bound(queue_pair, await bind(queue_pair))
-            except BaseException:
-                if self._engine.socket_attached(queue_pair):
-                    await self._detach_socket(queue_pair)
-                # The broker's copy would keep the socket, and with it all of guest memory pinned.
-                self._sockets.released(queue_pair)
-                raise
-
-    async def _bind_prepared(self, queue_pair: int) -> SocketMode:
-        """Bind the socket that was prepared: on the queue of the one before, so that no NIC writes for that one now."""
-        self._prepared.discard(queue_pair)
-        zero_copy = await self._engine.attach_prepared(queue_pair)
-        self._unproven.discard(queue_pair)
-        return "zero-copy" if zero_copy else "copy"
-
-    async def _bind_socket(self, queue_pair: int) -> SocketMode:
-        """Bind a new socket; its mode. The engine tries for a while if the kernel still takes an earlier one down."""
-        fd = await self._sockets.want(queue_pair)
-        try:
-            zero_copy = await self._engine.attach_socket(queue_pair, self._socket_config(queue_pair, fd))
-            if self._configuration.socket_mode == "packet":
-                return "packet"
-            return "zero-copy" if zero_copy else "copy"
-        finally:
-            os.close(fd)
-
-    def _socket_config(self, queue_pair: int, fd: int) -> _core.SocketConfig:
-        rules = None if self._copy_only else self._configuration.zero_copy_rules
-        return _core.SocketConfig(
-            socket_fd=fd,
-            ifindex=self._configuration.ifindex,
-            queue_id=self._configuration.queue_ids[queue_pair],
-            mode="copy" if self._copy_only else self._configuration.socket_mode,
-            frame_max_bytes=rules.frame_room_bytes if rules else self._configuration.frame_max_bytes,
-            zero_copy_rules=core_rules(rules) if rules else None,
-        )
 
 
 def core_regions(regions: Sequence[MemoryRegion]) -> list[_core.MemoryRegion]:
@@ -620,30 +462,6 @@ def vring_config(vring: Vring) -> _core.VringConfig:
         record_offset=vring.inflight_offset,
         log_buffers=vring.log_buffers,
         log_used_address=vring.log_used_address,
-    )
-
-
-def wants_longer_buffers(rules: ZeroCopyRules | None) -> bool:
-    """Whether to offer VIRTIO_NET_F_HASH_REPORT, for its side effect: longer receive buffers in Linux guests.
-
-    A Linux guest makes room for 1518 bytes and a header, in multiples of 64: 1536 bytes with the ordinary header of 12,
-    which leaves 1524 for a frame; 1600 with the header of 20 that this feature brings. No hash is ever reported
-    (VIRTIO_NET_HASH_REPORT_NONE), as the device may choose (VIRTIO 1.3 section 5.1.6.4.1).
-    """
-    return rules is not None and rules.direct and rules.rx_write_max_bytes > LINUX_BUFFER_ROOM_BYTES
-
-
-def core_rules(rules: ZeroCopyRules) -> _core.ZeroCopyRules:
-    """The rules as the engine takes them."""
-    return _core.ZeroCopyRules(
-        direct=rules.direct,
-        rx_write_max_bytes=rules.rx_write_max_bytes,
-        rx_write_align_bytes=rules.rx_write_align_bytes,
-        rx_write_before_bytes=rules.rx_write_before_bytes,
-        tx_frame_max_bytes=rules.tx_frame_max_bytes,
-        tx_frame_min_bytes=rules.tx_frame_min_bytes,
-        tx_pieces_max=rules.tx_pieces_max,
-        contiguity=rules.contiguity,
     )
 
 

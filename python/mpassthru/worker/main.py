@@ -19,7 +19,7 @@ import msgspec
 
 from mpassthru import control, event_loop
 from mpassthru.control import BrokerMessage, Configure, ControlChannel, ControlError, WorkerMessage, close_fds
-from mpassthru.errors import MpassthruError
+from mpassthru.errors import HostError, MpassthruError
 from mpassthru.inflight_records import InflightRecords
 from mpassthru.report import DirectionReport
 from mpassthru.vhost_user import Backend
@@ -67,6 +67,7 @@ class Worker:
         )
         self._backend = Backend(self._device)
         self._serving: asyncio.Task[None] | None = None
+        self._rebinding: asyncio.Task[None] | None = None
         self._suspicion: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
@@ -77,23 +78,23 @@ class Worker:
             OSError: the kernel refused something that no session can do without.
         """
         try:
-            async with asyncio.TaskGroup() as self._tasks:
-                self._channel.send(control.Ready())
-                await self._answer()
-                if self._serving is not None:
-                    await self._end_session(self._serving)
-        except* (MpassthruError, OSError) as errors:
-            raise errors.exceptions[0] from None
+            with event_loop.ungrouped():
+                async with asyncio.TaskGroup() as self._tasks:
+                    self._channel.send(control.Ready())
+                    await self._answer()
+                    await self._end_what_goes_on()
         finally:
             with suppress(ControlError):  # a broker that was killed wants no last report
                 self._report()
             self._engine.close()
 
-    async def _end_session(self, serving: asyncio.Task[None]) -> None:
+    async def _end_what_goes_on(self) -> None:
         """End it while the broker is still answered: in zero-copy mode it waits for the broker to see a queue free."""
-        serving.cancel()
         answering = self._tasks.create_task(self._answer())
-        await asyncio.wait({serving})
+        for task in (self._rebinding, self._serving):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
         answering.cancel()
 
     async def _answer(self) -> None:
@@ -111,6 +112,8 @@ class Worker:
                     | control.MemoryRefused()
                 ):
                     self._sockets.answered(message, fds)
+                case control.Rebind(binding=binding):
+                    self._rebinding = self._tasks.create_task(self._rebind(binding))
                 case control.ReportWanted():
                     self._report()
                 case control.Stop():
@@ -130,6 +133,18 @@ class Worker:
         except MpassthruError as ended_by:
             error = str(ended_by)
         self._tell_state("waiting", error)
+
+    async def _rebind(self, binding: control.Binding | None) -> None:
+        """The broker asks for one at a time."""
+        answer = control.Rebound()
+        try:
+            await self._device.rebind(binding)
+        except ControlError:
+            raise
+        except MpassthruError as error:
+            number = error.errno or 0 if isinstance(error, HostError) else 0
+            answer = control.Rebound(errno=number, error=str(error))
+        self._channel.send(answer)
 
     def _tell_state(self, state: control.GuestState, error: str | None = None) -> None:
         self._channel.send(control.SessionChanged(state=state, error=error))

@@ -57,16 +57,22 @@ class SocketClient:
         """
         await self._ask(_MEMORY, lambda: self._channel.send(MemoryWanted(locked_bytes=locked_bytes)))
 
-    async def want(self, queue_pair: int) -> int:
+    async def want(self, queue_pair: int, binding: int) -> int:
         """Ask for a socket.
+
+        Args:
+            queue_pair: Which.
+            binding: Serial number of what it is to be bound to.
 
         Returns:
             The fd of a new AF_XDP socket, the caller's to close.
 
         Raises:
             HostError: the broker could not create one, or does not answer.
+            RefusedError: the port is no longer bound to that.
         """
-        return await self._ask(queue_pair, lambda: self._channel.send(SocketWanted(queue_pair=queue_pair)))
+        message = SocketWanted(queue_pair=queue_pair, binding=binding)
+        return await self._ask(queue_pair, lambda: self._channel.send(message))
 
     async def bound(self, queue_pair: int, mode: SocketMode) -> None:
         """Say that the socket is bound and wait until the queue's frames go to it.

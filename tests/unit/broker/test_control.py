@@ -21,19 +21,20 @@ from mpassthru.report import DirectionReport
 Pair = tuple[ControlChannel[BrokerMessage, WorkerMessage], ControlChannel[WorkerMessage, BrokerMessage]]
 
 TIMEOUT_S = 5.0
-CONFIGURATION = control.Configure(
+BINDING = control.Binding(
+    serial=1,
     interface="eth9",
     ifindex=7,
     queue_ids=(3, 4),
     mtu_bytes=1500,
     frame_max_bytes=1518,
     socket_mode="copy",
-    poll="adaptive",
-    uid=1000,
-    keep_ipc_lock=True,
 )
+CONFIGURATION = control.Configure(queue_pairs=2, poll="adaptive", binding=BINDING, unproven=(1,), uid=1000)
 FROM_BROKER = [
     CONFIGURATION,
+    control.Rebind(binding=BINDING),
+    control.Rebind(binding=None),
     control.FrontendConnected(),
     control.SocketGranted(queue_pair=1),
     control.SocketSteered(queue_pair=1),
@@ -43,9 +44,10 @@ FROM_BROKER = [
 ]
 FROM_WORKER = [
     control.Ready(),
-    control.SocketWanted(queue_pair=0),
+    control.SocketWanted(queue_pair=0, binding=1),
     control.SocketBound(queue_pair=0, mode="copy"),
     control.SocketReleased(queue_pair=0),
+    control.Rebound(errno=16, error="busy"),
     control.SessionChanged(state="waiting", error="gone"),
     control.Fault(vring=1, error="loop"),
     control.Notice(text="hello"),

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from mpassthru import control
@@ -21,15 +22,18 @@ from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.locked_memory import Budget
 from mpassthru.report import DirectionReport
 
-CONFIGURATION = control.Configure(
+BINDING = control.Binding(
+    serial=1,
     interface="eth9",
     ifindex=7,
     queue_ids=(3, 4),
     mtu_bytes=1500,
     frame_max_bytes=1518,
     socket_mode="copy",
-    poll="adaptive",
 )
+ZERO_COPY = msgspec.structs.replace(BINDING, socket_mode="zero-copy")
+OTHER = msgspec.structs.replace(BINDING, serial=2, interface="eth8", ifindex=8, queue_ids=(0, 1))
+CONFIGURATION = control.Configure(queue_pairs=2, poll="adaptive", binding=None)
 TIMEOUT_S = 5.0
 
 
@@ -68,6 +72,12 @@ class PlayedWorker:
         assert received is not None, f"end of file instead of {kind.__name__}"
         assert isinstance(received[0], kind), received[0]
         return received
+
+    async def is_granted(self, queue_pair: int, *, binding: int = 1) -> None:
+        """Ask for a socket, and get one."""
+        self.far.send(control.SocketWanted(queue_pair=queue_pair, binding=binding))
+        _, fds = await self.expect(control.SocketGranted)
+        control.close_fds(fds)
 
 
 @dataclass
@@ -132,15 +142,19 @@ class Harness:
     lines: list[str]
     workers: asyncio.Queue[PlayedWorker]
     made_sockets: list[socket.socket]
+    granted_on: list[int]
+    """Index of the interface that each of them was made for."""
     running: asyncio.Task[None]
     records: list[int] = field(default_factory=list)
     """Inode of the memory file that each worker was given."""
+    configurations: list[control.Configure] = field(default_factory=list)
 
     async def worker(self) -> PlayedWorker:
         """The next worker started, which has taken its configuration."""
         async with asyncio.timeout(TIMEOUT_S):
             worker = await self.workers.get()
-        _, fds = await worker.expect(control.Configure)
+        configuration, fds = await worker.expect(control.Configure)
+        self.configurations.append(configuration)
         self.records.append(os.fstat(fds[0]).st_ino)
         control.close_fds(fds)
         return worker
@@ -157,11 +171,16 @@ async def free_at_once(ifname: str, ifindex: int, queue_id: int, *, timeout_s: f
 
 @contextlib.asynccontextmanager
 async def harness(
-    *, once: bool = False, may_raise_memlock: bool = True, wait_free: WaitQueueFree = free_at_once
+    *,
+    once: bool = False,
+    may_raise_memlock: bool = True,
+    wait_free: WaitQueueFree = free_at_once,
+    binding: control.Binding = BINDING,
 ) -> AsyncIterator[Harness]:
     workers: asyncio.Queue[PlayedWorker] = asyncio.Queue()
     lines: list[str] = []
     made: list[socket.socket] = []
+    granted: list[int] = []
     steering, endpoint, memory = RecordedSteering(), PlayedEndpoint(), RecordedMemory()
 
     started: list[PlayedWorker] = []
@@ -173,13 +192,12 @@ async def harness(
         return cast(WorkerProcess, worker)
 
     def new_socket(ifindex: int) -> socket.socket:
-        assert ifindex == CONFIGURATION.ifindex
         made.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        granted.append(ifindex)
         return made[-1]
 
     port = Port(
         CONFIGURATION,
-        cast(Any, steering),
         endpoint,
         cast(Any, memory),
         say=lines.append,
@@ -188,9 +206,10 @@ async def harness(
         new_socket=new_socket,
         wait_free=wait_free,
     )
+    await port.rebind(binding, cast(Any, steering))
     running = asyncio.create_task(port.run())
     try:
-        yield Harness(port, steering, endpoint, memory, lines, workers, made, running)
+        yield Harness(port, steering, endpoint, memory, lines, workers, made, granted, running)
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -251,7 +270,7 @@ async def test_second_frontend_waits_for_the_first_to_leave() -> None:
 async def test_bound_socket_is_steered_to_and_the_brokers_copy_closed() -> None:
     async with harness() as h:
         worker = await h.worker()
-        worker.far.send(control.SocketWanted(queue_pair=1))
+        worker.far.send(control.SocketWanted(queue_pair=1, binding=1))
         granted, fds = await worker.expect(control.SocketGranted)
         inode = os.fstat(fds[0]).st_ino
         control.close_fds(fds)
@@ -267,7 +286,7 @@ async def test_bound_socket_is_steered_to_and_the_brokers_copy_closed() -> None:
 async def test_socket_that_was_never_bound_is_closed_with_its_session() -> None:
     async with harness() as h:
         worker = await h.worker()
-        worker.far.send(control.SocketWanted(queue_pair=0))
+        worker.far.send(control.SocketWanted(queue_pair=0, binding=1))
         _, fds = await worker.expect(control.SocketGranted)
         control.close_fds(fds)
         worker.far.send(control.SessionChanged(state="waiting", error="cannot bind"))
@@ -279,7 +298,10 @@ async def test_socket_that_was_never_bound_is_closed_with_its_session() -> None:
 async def test_released_socket_leaves_the_xskmap() -> None:
     async with harness() as h:
         worker = await h.worker()
-        h.steering.slots[3] = 1
+        await worker.is_granted(0)
+        worker.far.send(control.SocketBound(queue_pair=0, mode="copy"))
+        await worker.expect(control.SocketSteered)
+        assert set(h.steering.slots) == {3}
         worker.far.send(control.SocketReleased(queue_pair=0))
         worker.far.send(control.Notice(text="released"))
         await h.until("released")
@@ -296,8 +318,9 @@ async def test_worker_that_asks_is_told_when_the_queue_is_free() -> None:
         asked.append((ifname, ifindex, queue_id))
         await asyncio.wait_for(free.wait(), timeout_s)
 
-    async with harness(wait_free=wait_free) as h:
+    async with harness(wait_free=wait_free, binding=ZERO_COPY) as h:
         worker = await h.worker()
+        await worker.is_granted(1)
         worker.far.send(control.SocketReleased(queue_pair=1, await_free=True))
         worker.far.send(control.Notice(text="released"))
         await h.until("released")
@@ -312,8 +335,9 @@ async def test_queue_that_stays_taken_is_told_of_with_the_reason() -> None:
     async def wait_free(ifname: str, ifindex: int, queue_id: int, *, timeout_s: float) -> None:
         raise HostError(16, f"the kernel still holds {ifname} queue {queue_id}")
 
-    async with harness(wait_free=wait_free) as h:
+    async with harness(wait_free=wait_free, binding=ZERO_COPY) as h:
         worker = await h.worker()
+        await worker.is_granted(0)
         worker.far.send(control.SocketReleased(queue_pair=0, await_free=True))
 
         refused, _ = await worker.expect(control.SocketRefused)
@@ -324,7 +348,7 @@ async def test_socket_that_cannot_be_steered_to_is_refused_and_closed() -> None:
     async with harness() as h:
         worker = await h.worker()
         h.steering.fail = HostError(22, "cannot put it there")
-        worker.far.send(control.SocketWanted(queue_pair=0))
+        worker.far.send(control.SocketWanted(queue_pair=0, binding=1))
         _, fds = await worker.expect(control.SocketGranted)
         control.close_fds(fds)
         worker.far.send(control.SocketBound(queue_pair=0, mode="copy"))
@@ -338,7 +362,7 @@ async def test_socket_that_cannot_be_steered_to_is_refused_and_closed() -> None:
 @pytest.mark.parametrize(
     "nonsense",
     [
-        control.SocketWanted(queue_pair=2),
+        control.SocketWanted(queue_pair=2, binding=1),
         control.SocketReleased(queue_pair=-1),
         control.SocketBound(queue_pair=0, mode="copy"),
         control.WorkerReport(rx=DirectionReport(dropped={"\x1b[2J": 1}), tx=DirectionReport()),
@@ -368,14 +392,14 @@ async def test_nonsense_from_a_worker_gets_it_killed_and_replaced(nonsense: Work
 async def test_dead_worker_is_reported_replaced_and_its_sockets_closed() -> None:
     async with harness() as h:
         worker = await h.worker()
-        worker.far.send(control.SocketWanted(queue_pair=0))
+        worker.far.send(control.SocketWanted(queue_pair=0, binding=1))
         _, fds = await worker.expect(control.SocketGranted)
         control.close_fds(fds)
         worker.far.close()
 
         await h.worker()
 
-        assert any("worker 4711 of eth9 was killed by SIGKILL" in line for line in h.lines)
+        assert any("worker 4711 was killed by SIGKILL" in line for line in h.lines)
         assert h.made_sockets[0].fileno() == -1
         assert h.port.status.worker_restarts == 1
 
@@ -526,7 +550,7 @@ async def test_worker_that_binds_without_leave_to_lock_memory_is_ended() -> None
     async with harness() as here:
         worker = await here.worker()
         here.memory.locked_bytes = 0
-        worker.far.send(control.SocketWanted(queue_pair=0))
+        worker.far.send(control.SocketWanted(queue_pair=0, binding=1))
         await worker.expect(control.SocketGranted)
 
         worker.far.send(control.SocketBound(queue_pair=0, mode="copy"))

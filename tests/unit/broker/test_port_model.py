@@ -12,20 +12,29 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_port import CONFIGURATION, PlayedEndpoint, PlayedWorker, RecordedMemory, RecordedSteering, free_at_once
+from test_port import (
+    BINDING,
+    CONFIGURATION,
+    PlayedEndpoint,
+    PlayedWorker,
+    RecordedMemory,
+    RecordedSteering,
+    free_at_once,
+)
 
 from mpassthru import control
 from mpassthru.broker import port as port_module
 from mpassthru.broker.port import Port
 from mpassthru.broker.worker_process import WorkerProcess
-from mpassthru.errors import HostError
+from mpassthru.errors import HostError, RefusedError
 from mpassthru.report import DirectionReport
 
-QUEUE_PAIRS = range(len(CONFIGURATION.queue_ids))
+QUEUE_PAIRS = range(CONFIGURATION.queue_pairs)
 FRONTENDS_MAX = 3
 LIFE_MIN_STEPS = 5
 """Before a worker dies or is killed: lives that are all short show little."""
@@ -33,7 +42,7 @@ TIMEOUT_S = 5.0
 
 queue_pairs = st.sampled_from(QUEUE_PAIRS)
 NONSENSE: tuple[control.WorkerMessage, ...] = (
-    control.SocketWanted(queue_pair=len(QUEUE_PAIRS)),
+    control.SocketWanted(queue_pair=len(QUEUE_PAIRS), binding=1),
     control.SocketReleased(queue_pair=-1),
     control.WorkerReport(rx=DirectionReport(dropped={"\x1b[2J": 1}), tx=DirectionReport()),
 )
@@ -63,9 +72,11 @@ class PortModel(RuleBasedStateMachine):
         self.steering, self.endpoint = RecordedSteering(), PlayedEndpoint()
         self.no_sockets = False
         self.troubles = self.sessions = self.frames = 0
+        self.serial = BINDING.serial
+        self.granted = {self.serial}
+        """Serial numbers of the bindings that sockets can be had for."""
         self.port = Port(
             CONFIGURATION,
-            cast(Any, self.steering),
             self.endpoint,
             cast(Any, RecordedMemory()),
             say=lambda _line: None,
@@ -73,6 +84,7 @@ class PortModel(RuleBasedStateMachine):
             new_socket=self._new_socket,
             wait_free=free_at_once,
         )
+        self.run(self.port.rebind(BINDING, cast(Any, self.steering)))
         self.task = self.loop.create_task(self.port.run())
         self._meet_worker()
 
@@ -82,7 +94,7 @@ class PortModel(RuleBasedStateMachine):
         return cast(WorkerProcess, self.started[-1])
 
     def _new_socket(self, ifindex: int) -> socket.socket:
-        assert ifindex == CONFIGURATION.ifindex
+        assert ifindex == BINDING.ifindex
         if self.no_sockets:
             raise HostError(24, "cannot open an AF_XDP socket (EMFILE): raise ulimit -n")
         self.made.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
@@ -154,11 +166,12 @@ class PortModel(RuleBasedStateMachine):
         self.reserve = False
         self._meet_frontend()
 
-    @rule(queue_pair=queue_pairs, may_have=st.booleans())
-    def wants_a_socket(self, queue_pair: int, may_have: bool) -> None:
-        self.no_sockets = not may_have
-        self.say(control.SocketWanted(queue_pair=queue_pair))
-        if may_have:
+    @rule(queue_pair=queue_pairs, exist=st.booleans(), of_before=st.booleans())
+    def wants_a_socket(self, queue_pair: int, exist: bool, of_before: bool) -> None:
+        self.no_sockets = not exist
+        serial = self.serial - of_before
+        self.say(control.SocketWanted(queue_pair=queue_pair, binding=serial))
+        if exist and serial in self.granted:
             _, (fd,) = self.expect(control.SocketGranted)
             os.close(fd)
             self.held.add(queue_pair)
@@ -181,10 +194,25 @@ class PortModel(RuleBasedStateMachine):
     @rule(queue_pair=queue_pairs, await_free=st.booleans())
     def has_released_a_socket(self, queue_pair: int, await_free: bool) -> None:
         self.say(control.SocketReleased(queue_pair=queue_pair, await_free=await_free))
-        self.held.discard(queue_pair)
         self.steered.discard(queue_pair)
         if await_free:
             self.expect(control.SocketFreed)
+        else:
+            self.held.discard(queue_pair)
+
+    @rule(away=st.booleans(), error=st.sampled_from([None, "the queue is held"]))
+    def is_bound_anew(self, away: bool, error: str | None) -> None:
+        self.serial += 1
+        binding = None if away else msgspec.structs.replace(BINDING, serial=self.serial)
+        task = self.loop.create_task(self.port.rebind(binding, None if away else cast(Any, self.steering)))
+        self.expect(control.Rebind)
+        self.say(control.Rebound(error=error))
+        self.granted = (self.granted if error else set()) | (set() if away else {self.serial})
+        if error is None:
+            self.run(cast(Any, task))
+        else:
+            with pytest.raises(RefusedError, match=error):
+                self.run(cast(Any, task))
 
     @precondition(lambda self: self.steps_of_worker > LIFE_MIN_STEPS)
     @rule(message=st.sampled_from(NONSENSE))

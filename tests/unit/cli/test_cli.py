@@ -163,7 +163,7 @@ def attach_outcome(monkeypatch: pytest.MonkeyPatch, *, succeeded: bool) -> tuple
         options: attach_module.AttachOptions, view: attach_module.View, recipe: Callable[[int], str]
     ) -> tuple[object, bool]:
         view.say(recipe(1500))
-        report = PortStatus().report(interface=options.interface, queue_ids=(0,), xdp_mode="native", ended=True)
+        report = PortStatus(interface=options.interface).report(ended=True)
         return report, succeeded
 
     monkeypatch.setattr(attach_command_module, "attach", attach)

@@ -10,9 +10,7 @@ from mpassthru.demo.report import port_checks
 from mpassthru.report import DirectionReport
 
 GOOD_DIRECTION = DirectionReport(frames=1000, bytes=60_000, direct=995, bounced={"x": 5}, copied_bytes=300)
-GOOD = msgspec.structs.replace(
-    PortStatus().report(interface="mpt0", queue_ids=(0,), xdp_mode="native"), rx=GOOD_DIRECTION, tx=GOOD_DIRECTION
-)
+GOOD = msgspec.structs.replace(PortStatus(interface="mpt0").report(), rx=GOOD_DIRECTION, tx=GOOD_DIRECTION)
 
 
 def failed(report: AttachReport) -> list[str]:

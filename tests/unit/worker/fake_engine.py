@@ -38,6 +38,8 @@ class FakeEngine:
     can_add: bool = True
     lacking: set[int] = field(default_factory=set)
     """Queue pairs whose socket was made before memory was added."""
+    address: bytes | None = None
+    """Of the guest, if it has sent something."""
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -100,6 +102,13 @@ class FakeEngine:
         self.attached.discard(queue_pair)
         self.lacking.discard(queue_pair)
         return self._operation(f"detach {queue_pair}")
+
+    def reclaim(self, queue_pair: int) -> int:
+        assert queue_pair not in self.attached, "under a socket"
+        return self._operation(f"reclaim {queue_pair}")
+
+    def guest_address(self, queue_pair: int) -> bytes | None:
+        return self.address
 
     def start_vring(self, index: int, config: object) -> int:
         error = self.start_errors.pop(0) if self.start_errors else None

@@ -21,6 +21,7 @@ from mpassthru.vhost_user import MemoryRegion, VirtioFeature
 from mpassthru.vhost_user.device import Vring
 from mpassthru.vhost_user.message import VHOST_VRING_F_LOG
 from mpassthru.worker import device as device_module
+from mpassthru.worker import port_sockets
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.device import PortDevice, rarp_frame
 from mpassthru.worker.socket_client import SocketClient
@@ -42,14 +43,18 @@ VRING = Vring(
 
 
 def configuration(queues: int = 1) -> control.Configure:
-    return control.Configure(
-        interface="eth9",
-        ifindex=7,
+    return control.Configure(queue_pairs=queues, poll="adaptive", binding=binding(queues))
+
+
+def binding(queues: int = 1, *, serial: int = 1, ifindex: int = 7) -> control.Binding:
+    return control.Binding(
+        serial=serial,
+        interface=f"eth{ifindex}",
+        ifindex=ifindex,
         queue_ids=tuple(range(queues)),
         mtu_bytes=1500,
         frame_max_bytes=1518,
         socket_mode="copy",
-        poll="adaptive",
     )
 
 
@@ -63,6 +68,8 @@ class Bench:
     refuse: control.SocketRefused | None = None
     refuse_memory: control.MemoryRefused | None = None
     locked: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+    """What sockets were to be bound to, by serial number."""
 
     async def play_broker(self, client: SocketClient, far: ControlChannel[WorkerMessage, BrokerMessage]) -> None:
         """Grant and steer whatever is asked for; carry the answers to the client as the worker's loop does."""
@@ -71,7 +78,8 @@ class Bench:
             if not isinstance(message, control.MemoryWanted):
                 self.heard.append(type(message).__name__)
             match message:
-                case control.SocketWanted(queue_pair=pair):
+                case control.SocketWanted(queue_pair=pair, binding=serial):
+                    self.wanted.append(serial)
                     fd = os.open("/dev/null", os.O_RDWR)
                     self.broker.send(control.SocketGranted(queue_pair=pair), (fd,))
                     os.close(fd)
@@ -234,7 +242,7 @@ async def test_stop_of_a_queue_with_buffers_in_the_kernel_closes_the_socket_firs
 
 @pytest.fixture
 def _attached_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "ATTACH_AGAIN_AFTER_S", 0.001)
+    monkeypatch.setattr(port_sockets, "ATTACH_AGAIN_AFTER_S", 0.001)
 
 
 @pytest.mark.usefixtures("_attached_again_at_once")
@@ -272,7 +280,7 @@ async def test_exchange_that_fails_for_one_pair_goes_on_with_the_others_and_is_t
     bench.engine.attach_errors = [HostError(16, "another socket owns this queue")] * 2
 
     with pytest.raises(HostError, match="owns this queue"):
-        await bench.device.replace_sockets([0, 1])
+        await bench.device._sockets.replace_sockets([0, 1])
 
     assert bench.engine.attached == {1}
     async with asyncio.timeout(TIMEOUT_S):
@@ -325,7 +333,7 @@ SLABS_BYTES = (4608 << 10) + 3 * 4096
 
 async def quiet(bench: Bench) -> None:
     """Nothing goes on in the background any more."""
-    renewing = bench.device._renewal._renewing
+    renewing = bench.device._sockets.renewal._renewing
     assert renewing is not None
     async with asyncio.timeout(TIMEOUT_S):
         await asyncio.wait({renewing})

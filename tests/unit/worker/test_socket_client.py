@@ -59,7 +59,7 @@ async def test_answer_to_a_cancelled_question_is_not_taken_for_that_to_the_next(
 
 
 async def test_socket_that_comes_after_its_asker_has_gone_is_closed(client: SocketClient) -> None:
-    given_up = await begin(client.want(0))
+    given_up = await begin(client.want(0, 1))
     given_up.cancel()
     await asyncio.wait({given_up})
     fd = os.open("/dev/null", os.O_RDONLY)
@@ -78,7 +78,7 @@ async def test_socket_that_comes_too_late_is_closed_and_the_next_question_gets_i
     with pytest.raises(HostError, match="does not answer"):
         await client._ask(0, lambda: None, timeout_s=0.01)
     late, in_time = (os.open("/dev/null", os.O_RDONLY) for _ in range(2))
-    wanting = await begin(client.want(0))
+    wanting = await begin(client.want(0, 1))
     client.answered(control.SocketGranted(queue_pair=0), [late])
     await begin(asyncio.sleep(0))
     client.answered(control.SocketGranted(queue_pair=0), [in_time])

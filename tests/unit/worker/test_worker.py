@@ -20,15 +20,16 @@ from mpassthru.vhost_user import Frontend
 from mpassthru.worker.main import Worker
 
 TIMEOUT_S = 5.0
-CONFIGURATION = control.Configure(
+BINDING = control.Binding(
+    serial=1,
     interface="eth9",
     ifindex=7,
     queue_ids=(0,),
     mtu_bytes=1500,
     frame_max_bytes=1518,
     socket_mode="copy",
-    poll="adaptive",
 )
+CONFIGURATION = control.Configure(queue_pairs=1, poll="adaptive", binding=BINDING)
 
 
 @dataclass

@@ -12,14 +12,15 @@ from typing import Any, cast
 import msgspec
 import pytest
 from fake_engine import FakeEngine
-from test_device import TIMEOUT_S, VRING, configuration
+from test_device import TIMEOUT_S, VRING, binding, configuration
 
+from mpassthru import control
 from mpassthru.errors import HostError
-from mpassthru.rules import ZeroCopyRules
+from mpassthru.rules import ZeroCopyRules, wants_longer_buffers
 from mpassthru.vhost_user import VirtioFeature
-from mpassthru.worker import device as device_module
+from mpassthru.worker import port_sockets
 from mpassthru.worker.async_engine import AsyncEngine
-from mpassthru.worker.device import PortDevice, wants_longer_buffers
+from mpassthru.worker.device import PortDevice
 
 RULES = ZeroCopyRules(
     frame_room_bytes=1536,
@@ -34,6 +35,13 @@ RULES = ZeroCopyRules(
 )
 
 
+def zero_copy_port(queues: int = 1, *, unproven: tuple[int, ...] = ()) -> control.Configure:
+    bound = msgspec.structs.replace(
+        binding(queues, ifindex=9), driver="nic", socket_mode="zero-copy", zero_copy_rules=RULES
+    )
+    return msgspec.structs.replace(configuration(queues), binding=bound, unproven=unproven)
+
+
 @dataclass
 class FakeSockets:
     """The broker's answers; `calls` is shared with the engine, so that their order shows."""
@@ -44,7 +52,7 @@ class FakeSockets:
     async def lock_memory(self, locked_bytes: int) -> None:
         self.calls.append(f"lock {locked_bytes}")
 
-    async def want(self, _queue_pair: int) -> int:
+    async def want(self, _queue_pair: int, _binding: int) -> int:
         return os.open("/dev/null", os.O_RDWR)
 
     async def bound(self, queue_pair: int, mode: str) -> None:
@@ -72,8 +80,7 @@ async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     fake = FakeEngine(zero_copy=True, kernel_has_buffers=True)
     sockets = FakeSockets(fake.calls)
     engine = AsyncEngine(cast(Any, fake), lambda _: None)
-    port = configuration(getattr(request, "param", 1))
-    port = msgspec.structs.replace(port, driver="nic", socket_mode="zero-copy", zero_copy_rules=RULES)
+    port = zero_copy_port(getattr(request, "param", 1))
     troubles: list[str] = []
     device = PortDevice(
         engine,
@@ -111,7 +118,7 @@ async def test_queue_that_does_not_come_free_fails_the_stop_and_keeps_memory_map
 async def test_stop_waits_for_the_queue_of_a_socket_that_somebody_else_closed(bench: Bench) -> None:
     bench.sockets.still_held = [HostError(errno.EBUSY, "still held")]
     with pytest.raises(HostError, match="still held"):
-        await bench.device.give_up_socket(0)
+        await bench.device._sockets.give_up(0)
 
     assert await bench.device.stop_vring(0) == 42
     assert bench.engine.calls == ["detach 0", "free 0", "stop 0"]
@@ -140,7 +147,7 @@ async def test_next_socket_waits_until_the_last_one_is_gone(bench: Bench) -> Non
 async def test_first_socket_waits_until_what_a_dead_worker_left_is_free() -> None:
     fake = FakeEngine(zero_copy=True)
     engine = AsyncEngine(cast(Any, fake), lambda _: None)
-    port = msgspec.structs.replace(configuration(), socket_mode="zero-copy", zero_copy_rules=RULES)
+    port = zero_copy_port(unproven=(0,))
     device = PortDevice(
         engine,
         cast(Any, FakeSockets(fake.calls)),
@@ -196,7 +203,7 @@ async def test_all_queue_pairs_of_a_distrusted_driver_leave_zero_copy_before_one
 
 
 async def test_failure_to_go_on_is_told_and_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "ATTACH_AGAIN_AFTER_S", 0.001)
+    monkeypatch.setattr(port_sockets, "ATTACH_AGAIN_AFTER_S", 0.001)
     bench.sockets.still_held = [HostError(errno.EBUSY, "still held")] * 2
 
     await bench.device.distrust(0, ERROR, zero_copy=True)
@@ -209,7 +216,7 @@ async def test_failure_to_go_on_is_told_and_tried_again(bench: Bench, monkeypatc
 
 def test_hash_report_is_offered_only_where_it_makes_buffers_long_enough() -> None:
     def offered(rules: ZeroCopyRules | None) -> bool:
-        port = msgspec.structs.replace(configuration(), zero_copy_rules=rules)
+        port = msgspec.structs.replace(configuration(), longer_buffers=wants_longer_buffers(rules))
         device = PortDevice(
             cast(Any, None), cast(Any, None), port, on_running=print, on_resumed=print, notice=print, trouble=print
         )

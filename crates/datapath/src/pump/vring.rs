@@ -171,7 +171,8 @@ fn source_of(memory: &GuestMemory, chain: &[Segment], header_len: u32) -> Option
     if piece.len - skip < bytes {
         return None;
     }
-    let source: MacAddress = memory.read(piece.addr.plus(u64::from(skip)));
+    let mut source = MacAddress::default();
+    memory.read_bytes(piece.addr.plus(u64::from(skip)), &mut source);
     (source[0] & 1 == 0 && source != MacAddress::default()).then_some(source)
 }
 
