@@ -14,16 +14,22 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from traces import InterfaceTraces, ProcessTraces
+from veths import make_veth
+from xdp_links import detach_program
 
+from mpassthru.broker.binding_state import BindingState
 from mpassthru.broker.status import AttachReport
+from mpassthru.locked_memory import RUNTIME_DIR
+from mpassthru.port_commands import Bind, StatusWanted, Unbind, ask
 from mpassthru.testing.attached_port import AttachedPort, attached_port
 from mpassthru.testing.child import until_gone
 from mpassthru.testing.guest import BuiltinGuest
 from mpassthru.testing.guest_config import DEFAULT_PROTOCOL_FEATURES, GuestConfig, Pattern, Region, Source
-from mpassthru.testing.netns import Namespace
+from mpassthru.testing.netns import Namespace, empty_namespace, move_interface
 from mpassthru.vhost_user import Frontend, MemoryRegion, ProtocolFeature
 
 TIMEOUT_S = 15.0
@@ -42,7 +48,9 @@ LIMITED = (
 )
 PORTS = ((), ("--poll", "busy"), ("--poll", "interrupt"), ("--xdp", "generic"))
 FRAME = (b"\x02\0\0\0\0\x01" + b"\x02\0\0\0\0\xff" + b"\x88\xb6").ljust(60, b"\x5a")
-EXPECTED_TROUBLES = ("was killed by SIGKILL", "ENETDOWN", "ENXIO")
+EXPECTED_TROUBLES = ("was killed by SIGKILL", "ENETDOWN", "ENXIO", "waiting for ")
+OTHER_PAIR = ("mpt2", "mpt3")
+"""A second interface, to be bound to, and its peer."""
 
 CONFIG = GuestConfig(
     regions=(Region(size_bytes=GUEST_BYTES),),
@@ -74,9 +82,18 @@ class LifeCycle:
         self._idle: dict[int, ProcessTraces] = {}
         self._plugged: list[MemoryRegion] = []
         self._sessions = 0
+        self._pairs = [(namespace.ifname, namespace.peer), OTHER_PAIR]
+        """The port's interface and its peer, and the other ones."""
+        self._elsewhere = -1
 
     async def run(self, steps: int) -> None:
         """Take steps, then end what is there."""
+        with empty_namespace() as self._elsewhere:
+            make_veth(self._namespace, *OTHER_PAIR)
+            await self._until(self._carrier, "the carrier is there")
+            await self._take(steps)
+
+    async def _take(self, steps: int) -> None:
         try:
             for _ in range(steps):
                 step = self._random.choice(self._possible())
@@ -101,7 +118,7 @@ class LifeCycle:
                 self.port_ends,
                 self.broker_is_killed,
                 self.worker_is_killed,
-                self.link_flaps,
+                self._random.choice(self._interface_steps()),
             ]
         steps: list[Step] = [
             self.guest_leaves,
@@ -111,14 +128,25 @@ class LifeCycle:
             self.guest_reconnects,
             self.memory_table_is_sent_again,
             self.rings_are_disabled_and_enabled,
-            self.link_flaps,
-            self.carrier_flaps,
-            self.mtu_changes,
+            *self._random.sample(self._interface_steps(), 4),
         ]
         steps += [self.memory_is_plugged] * (len(self._plugged) < PLUGGED_MAX)
         steps += [self.memory_is_unplugged] * bool(self._plugged)
         steps += [self._random.choice([self.port_ends, self.broker_is_killed, self.worker_is_killed])]
         return steps
+
+    def _interface_steps(self) -> list[Step]:
+        return [
+            self.link_flaps,
+            self.carrier_flaps,
+            self.mtu_changes,
+            self.interface_is_made_anew,
+            self.interface_is_away_for_a_while,
+            self.interface_is_renamed,
+            self.program_is_detached,
+            self.port_is_bound_elsewhere,
+            self.port_is_unbound_for_a_while,
+        ]
 
     # ---- ports -----------------------------------------------------------------------------------------------
 
@@ -126,9 +154,10 @@ class LifeCycle:
         """A port, with other options each time."""
         options = self._random.choice(PORTS)
         self._sessions = 0
+        ifname, peer = self._pairs[0]
         self._port = await self._port_stack.enter_async_context(
             attached_port(
-                self._namespace,
+                replace(self._namespace, ifname=ifname, peer=peer),
                 self._path,
                 *("--user", USER, "--guest-size", "64M"),
                 *options,
@@ -184,8 +213,8 @@ class LifeCycle:
     async def _until_ready(self) -> AttachReport:
         report = await self._running_port.until(
             lambda report: (
-                (report.worker, report.guest, report.mode, report.sessions)
-                == ("ready", "waiting", "detached", self._sessions)
+                (report.worker, report.guest, report.mode, report.sessions, report.binding)
+                == ("ready", "waiting", "detached", self._sessions, BindingState.BOUND)
             ),
             timeout_s=TIMEOUT_S,
         )
@@ -328,21 +357,88 @@ class LifeCycle:
 
     async def link_flaps(self) -> None:
         """Administratively down and up."""
-        await self._flap(self._namespace.ifname)
+        await self._flap(self._pairs[0][0])
 
     async def carrier_flaps(self) -> None:
         """The other end goes down and up."""
-        await self._flap(self._namespace.peer)
+        await self._flap(self._pairs[0][1])
 
     async def mtu_changes(self) -> None:
         """To a shorter one and back."""
         for mtu in ("1400", "1500"):
-            self._namespace.run("ip", "link", "set", "dev", self._namespace.ifname, "mtu", mtu)
+            self._namespace.run("ip", "link", "set", "dev", self._pairs[0][0], "mtu", mtu)
+            await self._pause()
+
+    async def interface_is_made_anew(self) -> None:
+        """The driver is loaded again, so to say."""
+        self._namespace.run("ip", "link", "del", "dev", self._pairs[0][0])
+        await self._pause()
+        make_veth(self._namespace, *self._pairs[0])
+        await self._until_bound()
+
+    async def interface_is_away_for_a_while(self) -> None:
+        """In another network namespace."""
+        ifname, _ = self._pairs[0]
+        move_interface(ifname, source=self._namespace.fd, target=self._elsewhere)
+        await self._pause()
+        move_interface(ifname, source=self._elsewhere, target=self._namespace.fd)
+        self._namespace.run("ip", "link", "set", "dev", ifname, "up")
+        await self._until_bound()
+
+    async def interface_is_renamed(self) -> None:
+        """And named again as before."""
+        ifname, _ = self._pairs[0]
+        for before, after in ((ifname, "other0"), ("other0", ifname)):
+            self._namespace.run("ip", "link", "set", "dev", before, "name", after)
+            await self._pause()
+        await self._until_bound()
+
+    async def program_is_detached(self) -> None:
+        """By somebody who must not."""
+        await self._until_bound()
+        detach_program(replace(self._namespace, ifname=self._pairs[0][0]))
+        await self._until_bound()
+
+    async def port_is_bound_elsewhere(self) -> None:
+        """`mpassthru bind`."""
+        await self._until_bound()
+        self._pairs.reverse()
+        await ask(self._control, Bind(interface=self._pairs[0][0]))
+
+    async def port_is_unbound_for_a_while(self) -> None:
+        """`mpassthru unbind` and `bind`; its worker may die meanwhile."""
+        await ask(self._control, Unbind())
+        await self._running_port.until(lambda report: report.binding is BindingState.UNBOUND)
+        if self._guest is not None and self._random.random() < 0.5:
+            await self.worker_is_killed()
+        self._pairs = self._random.sample(self._pairs, 2)
+        await ask(self._control, Bind(interface=self._pairs[0][0]))
+        await self._until_bound()
+
+    @property
+    def _control(self) -> Path:
+        (path,) = RUNTIME_DIR.glob(f"control-{self._running_port.pid}-*")
+        return path
+
+    async def _until_bound(self) -> None:
+        """Seen with the eyes of a command, for the figures that were printed last may be those of before."""
+        await self._until(self._carrier, "the carrier is back")
+        async with asyncio.timeout(TIMEOUT_S):
+            while True:
+                report = (await ask(self._control, StatusWanted())).report
+                settled = report.binding is BindingState.BOUND and report.interface == self._pairs[0][0]
+                if settled and replace(self._namespace, ifname=report.interface).has_xdp_program():
+                    return
+                await asyncio.sleep(0.02)
+
+    async def _pause(self) -> None:
+        """Long enough for the port to notice, or not."""
+        if self._random.random() < 0.5:
+            await asyncio.sleep(self._random.random() / 10)
 
     async def _flap(self, ifname: str) -> None:
         self._namespace.run("ip", "link", "set", "dev", ifname, "down")
-        if self._random.random() < 0.5:
-            await asyncio.sleep(self._random.random() / 10)  # long enough to be noticed, or not
+        await self._pause()
         self._namespace.run("ip", "link", "set", "dev", ifname, "up")
         await self._until(self._carrier, "the carrier is back")
 
@@ -361,7 +457,7 @@ class LifeCycle:
         with self._namespace.entered():
             wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
         with wire:
-            wire.bind((self._namespace.peer, 0))
+            wire.bind((self._pairs[0][1], 0))
 
             def arrives() -> bool:
                 wire.send(FRAME)
