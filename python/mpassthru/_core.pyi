@@ -76,6 +76,7 @@ class ZeroCopyRules:
         rx_write_max_bytes: int,
         rx_write_align_bytes: int,
         rx_write_before_bytes: int,
+        rx_buffers_min: int,
         tx_frame_max_bytes: int,
         tx_frame_min_bytes: int,
         tx_pieces_max: int,

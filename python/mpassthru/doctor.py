@@ -18,7 +18,7 @@ from rich.text import Text
 from mpassthru import doctor_checks, event_loop
 from mpassthru.doctor_checks import Check, Status
 from mpassthru.locked_memory import RUNTIME_DIR
-from mpassthru.netdev import Interface, UmemCost, read_interface, trouble, zero_copy_rules
+from mpassthru.netdev import Interface, UmemCost, read_interface, zero_copy_rules
 from mpassthru.rules import ZeroCopyRules
 
 GUEST_SIZE_BYTES: Final = 4 << 30
@@ -83,10 +83,7 @@ async def examine(
 ) -> Report:
     """As `diagnose`, inside a running event loop."""
     interface = await read_interface(ifname) if ifname is not None else None
-    # What `attach` would do if it is not told.
     decision = zero_copy_rules(interface) if interface is not None else None
-    if interface is not None and isinstance(decision, ZeroCopyRules):
-        decision = trouble(interface) or decision
     rules = decision if isinstance(decision, ZeroCopyRules) else None
     cost, cost_check = doctor_checks.guest_cost(guest_size_bytes, queues=queues, zero_copy=rules is not None)
     needed_bytes = cost.pinned_bytes if cost else guest_size_bytes

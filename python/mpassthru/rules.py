@@ -38,6 +38,8 @@ class ZeroCopyRules(msgspec.Struct, frozen=True, kw_only=True):
     tx_pieces_max: int
     """Descriptors of one frame."""
     contiguity: Contiguity
+    rx_buffers_min: int = 0
+    """The driver goes wrong with fewer receive buffers than this, in its own ring and in the fill ring."""
 
 
 def wants_longer_buffers(rules: ZeroCopyRules | None) -> bool:

@@ -70,7 +70,8 @@ async def test_no_frame_from_the_wire_writes_outside_the_buffers(port: ZeroCopyP
             await guest.wait_for(lambda c, passed=passed: c.rx_frames >= passed + 8, deadline_s=10)
             assert guest.driver.changed_gap_bytes() == 0
     if kind != "linux-default":
-        assert stay.rx.direct == stay.rx.frames > 0
+        assert stay.rx.direct > stay.rx.frames / 2
+        assert stay.rx.bounced.keys() <= port.may_bounce
 
     # The queue is in order still: a new guest gets every frame.
     async with port.stay(GUESTS[kind](port)) as stay:

@@ -56,6 +56,11 @@ async def test_stopped_queue_is_not_written_to_under_flood(
                 await guest.start_device()
         finally:
             port.peer.stop_sending()
-    assert stay.rx.direct == stay.rx.frames > FRAMES_BEFORE_STOP * stops
+    assert port.attached.report is not None
+    assert port.attached.report.troubles == ()
+    assert stay.rx.frames > FRAMES_BEFORE_STOP * stops
+    assert stay.rx.bounced.keys() <= port.may_bounce
+    assert stay.rx.direct / stay.rx.frames > 1 / 2
+    record_figure(f"{port.ifname}.direct_share_between_stops", stay.rx.direct / stay.rx.frames)
     record_figure(f"{port.ifname}.stops", stops)
     record_figure(f"{port.ifname}.slowest_stop_ms", round(1000 * slowest_stop_s))

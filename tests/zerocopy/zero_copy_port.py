@@ -66,13 +66,22 @@ class ZeroCopyPort:
     peer: PacketWire
     _seed: int = 100
 
+    @property
+    def may_bounce(self) -> set[str]:
+        """Why frames may leave the direct path when more come than the guest is quick to take."""
+        return {"few_buffers"} if self.ifname == "igb" else set()
+
     @asynccontextmanager
-    async def stay(self, config: GuestConfig) -> AsyncIterator[Stay]:
-        """A guest for the length of a block; at its end the virtqueues are stopped and the books are closed."""
+    async def stay(self, config: GuestConfig, *, mode: str = "zero-copy") -> AsyncIterator[Stay]:
+        """A guest for the length of a block, in `mode` at its end; then virtqueues are stopped and the books closed.
+
+        The mode is what the socket's XDP_OPTIONS said after its bind.
+        """
         before = await self.figures()
         async with BuiltinGuest.connect(self.socket_path, config, timeout_s=30) as guest:
             stay = Stay(guest)
             yield stay
+            await self.attached.until(lambda report: report.mode == mode)
             await guest.stop()
             assert guest.violations() == {}
             stay.rx, stay.tx = (difference(now, then) for now, then in zip(await self.figures(), before, strict=True))

@@ -31,6 +31,8 @@ reasons! {
         Unregistered => "unregistered",
         /// The driver's rules do not allow guest memory (zero-copy mode).
         DriverUnproven => "driver_unproven",
+        /// rx: the guest had posted fewer buffers than the driver must always have (zero-copy mode).
+        FewBuffers => "few_buffers",
         /// rx: the kernel placed the frame at an unexpected offset.
         Shifted => "shifted",
         /// tx: shorter than the driver takes; padded.

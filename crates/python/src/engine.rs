@@ -120,14 +120,15 @@ struct ZeroCopyRules(DriverRules);
 #[pymethods]
 impl ZeroCopyRules {
     #[new]
-    #[pyo3(signature = (*, direct, rx_write_max_bytes, rx_write_align_bytes, rx_write_before_bytes, tx_frame_max_bytes,
-                        tx_frame_min_bytes, tx_pieces_max, contiguity))]
+    #[pyo3(signature = (*, direct, rx_write_max_bytes, rx_write_align_bytes, rx_write_before_bytes, rx_buffers_min,
+                        tx_frame_max_bytes, tx_frame_min_bytes, tx_pieces_max, contiguity))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
     fn new(
         direct: bool,
         rx_write_max_bytes: u32,
         rx_write_align_bytes: u32,
         rx_write_before_bytes: u32,
+        rx_buffers_min: u32,
         tx_frame_max_bytes: u32,
         tx_frame_min_bytes: u32,
         tx_pieces_max: usize,
@@ -155,6 +156,7 @@ impl ZeroCopyRules {
             rx_write_max: rx_write_max_bytes,
             rx_write_align: rx_write_align_bytes,
             rx_write_before: rx_write_before_bytes,
+            rx_buffers_min,
             tx_frame_max: tx_frame_max_bytes,
             tx_frame_min: tx_frame_min_bytes,
             tx_pieces_max,

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from mpassthru.control import Mode
 from mpassthru.errors import HostError, RefusedError
-from mpassthru.netdev import ZERO_COPY, Interface, Refusal, probe_bind, trouble, zero_copy_rules
+from mpassthru.netdev import ZERO_COPY, Interface, Refusal, probe_bind, zero_copy_rules
 from mpassthru.rules import ZeroCopyRules
 
 
@@ -60,13 +60,8 @@ def choose_rules(
     decision = _in_the_way(interface, steer, xdp) or zero_copy_rules(
         interface, frame_max_bytes=options.frame_max_bytes, bounce_only=options.bounce_only
     )
-    known = trouble(interface)
-    if known is not None and mode == "auto" and isinstance(decision, ZeroCopyRules):
-        decision = known
     if isinstance(decision, ZeroCopyRules):
         view.say(f"mode: zero-copy; {describe(decision, options)}")
-        if known is not None:
-            view.say(f"warning: {known.reason}")
         if (facts := ZERO_COPY.get(interface.driver or "")) and facts.link_flaps:
             view.say(f"the link of {interface.name} goes down and up each time that a guest starts or stops")
         return decision

@@ -26,7 +26,7 @@ from mpassthru.netdev.facts import (
 from mpassthru.netdev.netdev_family import kernel_version
 from mpassthru.netdev.reader import find_interface, no_such_interface, read_interface, read_link
 from mpassthru.netdev.umem_cost import UMEM_MAX_BYTES, UmemCost, format_bytes, umem_cost
-from mpassthru.netdev.zero_copy import Refusal, trouble, zero_copy_rules
+from mpassthru.netdev.zero_copy import Refusal, zero_copy_rules
 
 __all__ = [
     "FRAME_MAX_BYTES",
@@ -57,7 +57,6 @@ __all__ = [
     "read_address",
     "read_interface",
     "read_link",
-    "trouble",
     "umem_cost",
     "warnings_for",
     "zero_copy_rules",

@@ -72,17 +72,12 @@ def zero_copy_rules(
         rx_write_max_bytes=min(write_max_bytes, frame_max_bytes or write_max_bytes),
         rx_write_align_bytes=facts.write_align_bytes,
         rx_write_before_bytes=interface.virtio_header_bytes or 0,
+        rx_buffers_min=facts.buffers_min,
         tx_frame_max_bytes=interface.mtu_bytes + ETHERNET_OVERHEAD_BYTES,
         tx_frame_min_bytes=facts.frame_min_bytes,
         tx_pieces_max=features.zero_copy_max_segments if features else facts.max_segments,
         contiguity=contiguity(interface),
     )
-
-
-def trouble(interface: Interface) -> Refusal | None:
-    """Why zero-copy mode is not taken unasked on this interface, though its rules hold."""
-    facts = ZERO_COPY.get(interface.driver or "")
-    return Refusal(facts.trouble, "'--mode zero-copy' takes it all the same") if facts and facts.trouble else None
 
 
 def contiguity(interface: Interface) -> Contiguity:

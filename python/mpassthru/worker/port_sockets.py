@@ -374,6 +374,7 @@ def core_rules(rules: ZeroCopyRules) -> _core.ZeroCopyRules:
         rx_write_max_bytes=rules.rx_write_max_bytes,
         rx_write_align_bytes=rules.rx_write_align_bytes,
         rx_write_before_bytes=rules.rx_write_before_bytes,
+        rx_buffers_min=rules.rx_buffers_min,
         tx_frame_max_bytes=rules.tx_frame_max_bytes,
         tx_frame_min_bytes=rules.tx_frame_min_bytes,
         tx_pieces_max=rules.tx_pieces_max,

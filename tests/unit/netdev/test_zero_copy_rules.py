@@ -71,6 +71,11 @@ def test_virtio_net_writes_its_own_header_in_front_of_a_frame() -> None:
     assert "cannot be read" in str(decide(driver="virtio_net", virtio_header_bytes=None))
 
 
+def test_igb_is_always_given_buffers_for_a_round_of_frames() -> None:
+    assert rules(driver="igb").rx_buffers_min == 64
+    assert rules(driver="virtio_net").rx_buffers_min == 0
+
+
 def test_operators_promise_lowers_the_bound_and_never_raises_it() -> None:
     assert rules(frame_max_bytes=1518).rx_write_max_bytes == 1518
     assert rules(frame_max_bytes=9000).rx_write_max_bytes == 1552

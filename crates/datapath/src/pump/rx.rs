@@ -5,7 +5,8 @@
 //! write can pass its end: it holds the header and the longest frame in one piece.
 //!
 //! **Bounce**: any other head waits; slab frames are posted in its stead, never more than the waiting heads can take,
-//! so that a frame that arrives in the slab always finds its buffers.
+//! so that a frame that arrives in the slab always finds its buffers. Only a driver that must not run out of buffers gets
+//! more; what arrives there may be lost, as it would be without.
 //!
 //! Invariant: a head is in exactly one place: `posted`, `waiting`, or used.
 
@@ -228,7 +229,8 @@ impl Rx {
         if available > 0 {
             self.socket = Some((xsk.layout, xsk.rules));
         }
-        let plain_min = self.plain_buffer_min(&xsk.rules);
+        let surplus = slab.used() > self.waiting.len();
+        let plain_min = if surplus { u32::MAX } else { self.plain_buffer_min(&xsk.rules) };
         let mut count = 0;
         // Each head is posted or waits.
         let room = RX_RING_DESCS as usize - self.posted.len() - self.waiting.len().max(slab.used());
@@ -250,11 +252,14 @@ impl Rx {
                     taken
                 }
             };
+            let can_wait = self.waiting_segments.len() + self.chain.len() <= WAITING_SEGMENTS_MAX;
             match self.fit(xsk) {
-                Fit::Direct { header, frame } => self.post(xsk, taken, header, frame),
-                Fit::Bounce(reason) if self.waiting_segments.len() + self.chain.len() <= WAITING_SEGMENTS_MAX => {
-                    self.wait(taken, reason);
+                // What arrives in slab frames that no head waits for is not lost, if one does from now on.
+                Fit::Direct { .. } if can_wait && slab.used() > self.waiting.len() => {
+                    self.wait(taken, BounceReason::FewBuffers);
                 }
+                Fit::Direct { header, frame } => self.post(xsk, taken, header, frame),
+                Fit::Bounce(reason) if can_wait => self.wait(taken, reason),
                 Fit::Bounce(_) => {
                     self.vring.queue.untake(taken);
                     break;
@@ -367,6 +372,10 @@ impl Rx {
             let Some(frame) = slab.take() else { break };
             fill(xsk, frame);
         }
+        for _ in self.posted.len() + slab.used()..posted_min(&xsk.rules) {
+            let Some(frame) = slab.take() else { break };
+            fill(xsk, frame);
+        }
     }
 
     /// Marks a posted buffer in the log, its header and all that the kernel or the NIC may have written to it: more than
@@ -401,6 +410,12 @@ impl Rx {
         slab.reset();
         self.vring.give_back(&mut heads);
     }
+}
+
+/// Buffers that are posted after every burst, whatever the guest offers: as many as the driver must have, with the rx ring
+/// full of frames, and a burst taken from it whose buffers are not posted again yet.
+fn posted_min(rules: &DriverRules) -> usize {
+    if rules.rx_buffers_min == 0 { 0 } else { (rules.rx_buffers_min + rules.rx_ring_descs() + BURST) as usize }
 }
 
 /// Writes a fill entry. No more is posted than the ring holds, so there is room.

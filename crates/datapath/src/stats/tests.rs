@@ -22,6 +22,7 @@ fn test_names_are_in_step_with_the_variants() {
         NotContiguous: "not_contiguous",
         Unregistered: "unregistered",
         DriverUnproven: "driver_unproven",
+        FewBuffers: "few_buffers",
         Shifted: "shifted",
         ShortFrame: "short_frame",
         TooManyPieces: "too_many_pieces",

@@ -15,6 +15,7 @@ pub(crate) mod test_kernel;
 mod tests;
 
 pub use rules::{Contiguity, DriverRules};
+use socket::RX_RING_SMALL_DESCS;
 
 pub use socket::{
     BindMode, COMPLETION_RING_DESCS, RX_RING_DESCS, SharedFd, SharedUmem, SocketParams, Statistics, TX_RING_DESCS,

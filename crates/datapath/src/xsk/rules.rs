@@ -3,7 +3,7 @@
 //! In copy mode the kernel is between us and the driver, and there are few. In zero-copy mode the NIC's own limits hold
 //! (kernel-facts, sections 3 and 5 to 7); the driver table of the control plane has them by driver.
 
-use super::FRAME_BYTES_MAX;
+use super::{FRAME_BYTES_MAX, RX_RING_DESCS, RX_RING_SMALL_DESCS};
 use crate::guest_memory::{GuestMemory, PAGE_BYTES, UmemAddr};
 
 /// Limits of one socket.
@@ -17,6 +17,8 @@ pub struct DriverRules {
     pub rx_write_align: u32,
     /// Bytes directly in front of a frame that the driver writes too (virtio_net: its own header).
     pub rx_write_before: u32,
+    /// The driver goes wrong with fewer rx buffers than this, those of frames in the rx ring not counted.
+    pub rx_buffers_min: u32,
     /// Longest frame that is sent.
     pub tx_frame_max: u32,
     /// Shortest frame that the driver takes; shorter ones are padded.
@@ -47,6 +49,7 @@ impl DriverRules {
             rx_write_max: frame_max,
             rx_write_align: 1,
             rx_write_before: 0,
+            rx_buffers_min: 0,
             tx_frame_max: frame_max,
             tx_frame_min: 0,
             tx_pieces_max: pieces,
@@ -62,6 +65,11 @@ impl DriverRules {
             rx_write_align: self.rx_write_align.max(1),
             ..self
         }
+    }
+
+    /// Entries of the rx ring: few, if as many buffers have to be posted beside those that wait there.
+    pub fn rx_ring_descs(&self) -> u32 {
+        if self.rx_buffers_min > 0 { RX_RING_SMALL_DESCS } else { RX_RING_DESCS }
     }
 
     /// Whether nothing that may be written for a frame at `frame` passes the `room` bytes from there on.

@@ -13,6 +13,8 @@ use crate::guest_memory::{GuestMemory, UmemAddr};
 
 /// Entries of the fill and the rx ring: as many frames as can be in the kernel's hands.
 pub const RX_RING_DESCS: u32 = 1024;
+/// Entries of the rx ring of a driver that must not run out of buffers.
+pub(super) const RX_RING_SMALL_DESCS: u32 = 64;
 /// Entries of the tx ring.
 pub const TX_RING_DESCS: u32 = 2048;
 /// Entries of the completion ring: every tx descriptor in flight has room in it.
@@ -127,11 +129,11 @@ pub(super) struct Rings {
 
 impl Rings {
     /// Maps the rings that `fd` has at the offsets that every AF_XDP socket has them at.
-    pub fn map(fd: RawFd, offsets: &libc::xdp_mmap_offsets) -> Result<Self, HostError> {
+    pub fn map(fd: RawFd, offsets: &libc::xdp_mmap_offsets, rx_descs: u32) -> Result<Self, HostError> {
         Ok(Self {
             fill: Producer::map(fd, &offsets.fr, libc::XDP_UMEM_PGOFF_FILL_RING, RX_RING_DESCS)?,
             completion: Consumer::map(fd, &offsets.cr, libc::XDP_UMEM_PGOFF_COMPLETION_RING, COMPLETION_RING_DESCS)?,
-            rx: Consumer::map(fd, &offsets.rx, libc::XDP_PGOFF_RX_RING as u64, RX_RING_DESCS)?,
+            rx: Consumer::map(fd, &offsets.rx, libc::XDP_PGOFF_RX_RING as u64, rx_descs)?,
             tx: Producer::map(fd, &offsets.tx, libc::XDP_PGOFF_TX_RING as u64, TX_RING_DESCS)?,
         })
     }
@@ -164,17 +166,18 @@ impl XskSocket {
             }
             Umem::Registered { end } | Umem::Of(SharedUmem { end, .. }) => *end,
         };
+        let rx_descs = params.zero_copy_rules.map_or(RX_RING_DESCS, |rules| rules.rx_ring_descs());
         for (option, descs) in [
             (libc::XDP_UMEM_FILL_RING, RX_RING_DESCS),
             (libc::XDP_UMEM_COMPLETION_RING, COMPLETION_RING_DESCS),
-            (libc::XDP_RX_RING, RX_RING_DESCS),
+            (libc::XDP_RX_RING, rx_descs),
             (libc::XDP_TX_RING, TX_RING_DESCS),
         ] {
             set_option(raw_fd, option, &descs, "cannot make an AF_XDP ring", |_| "free some memory")?;
         }
         raise_tx_budget(raw_fd)?;
         let offsets: libc::xdp_mmap_offsets = get_option(raw_fd, libc::XDP_MMAP_OFFSETS)?;
-        let rings = Rings::map(raw_fd, &offsets)?;
+        let rings = Rings::map(raw_fd, &offsets, rx_descs)?;
         until(deadline, libc::EBUSY, || bind_queue(raw_fd, umem, params))?;
         let mode = bound_mode(raw_fd)?;
         if mode != params.mode {

@@ -101,8 +101,14 @@ impl TestKernel {
         };
         let offsets = libc::xdp_mmap_offsets { rx: OFFSETS, tx: OFFSETS, fr: OFFSETS, cr: OFFSETS };
         let rules = DriverRules { tx_frame_max: frame_max, ..DriverRules::copy_mode(layout.frame_max, PIECES_MAX) };
-        let mut socket =
-            XskSocket::over(Rings::map(fd, &offsets).unwrap(), socket.into(), mode, layout, rules, memory.end());
+        let mut socket = XskSocket::over(
+            Rings::map(fd, &offsets, RX_RING_DESCS).unwrap(),
+            socket.into(),
+            mode,
+            layout,
+            rules,
+            memory.end(),
+        );
         socket.frame_max = frame_max;
         (kernel, socket)
     }
@@ -121,6 +127,11 @@ impl TestKernel {
             );
             entry
         })
+    }
+
+    /// Number of buffers that it has for frames to come.
+    pub fn buffers(&self) -> usize {
+        self.fill.peek() as usize + self.free_list.len()
     }
 
     /// A frame arrives from the wire, and the XDP program redirects it to the socket. It starts `shift` bytes further on

@@ -140,6 +140,7 @@ impl Case<'_> {
             direct: !self.rarely(8)?,
             rx_write_max: frame_max,
             rx_write_align: align,
+            rx_buffers_min: 0,
             rx_write_before: [0, 0, 10, 12, 20][usize::from(self.byte()? % 5)],
             tx_frame_max: frame_max,
             tx_frame_min: [0, 14, 60][usize::from(self.byte()? % 3)],

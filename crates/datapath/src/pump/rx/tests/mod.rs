@@ -5,4 +5,5 @@ mod bursts;
 mod disabled;
 mod fit;
 mod log;
+mod reserve;
 mod waiting;
