@@ -180,6 +180,7 @@ class Keeper:
             interface = await fit_interface(name, options.queue_ids, find=self._find)
             self._refuse_smaller(interface)
             taken = await self._take(interface, options, next(self._serials), self._port)
+            self._news.set()  # whatever comes of it, the wait for what was before is over
             try:
                 await self._port.rebind(taken.binding, taken.steering)
             except MpassthruError:
@@ -189,9 +190,9 @@ class Keeper:
             former = self._taken
             self._options = options
             self._hold(taken)
-            self._on_moved(name)
             if former is not None:
                 former.close()
+            self._tell_move(name)
 
     def _refuse_smaller(self, interface: Interface) -> None:
         """The guest may have been told how long its frames may be, and cannot be told again."""
@@ -308,7 +309,7 @@ class Keeper:
         if interface.name != taken.interface.name:
             self._port.say(f"{taken.interface.name} is called {interface.name} now")
             self._name = self._port.status.interface = interface.name
-            self._on_moved(interface.name)
+            self._tell_move(interface.name)
         return taken.seen_as(interface)
 
     def _lost_sockets(self, interface: Interface, steered: set[int]) -> bool:
@@ -416,6 +417,12 @@ class Keeper:
     def _set(self, state: BindingState, lack: Lack | None = None) -> None:
         self._port.status.binding, self._port.status.lack = state, lack
         self._tell_link()
+
+    def _tell_move(self, name: str) -> None:
+        try:
+            self._on_moved(name)
+        except MpassthruError as error:
+            self._port.trouble(str(error))
 
     def _tell_link(self) -> None:
         link = self._monitor.state

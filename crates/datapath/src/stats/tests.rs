@@ -36,6 +36,7 @@ fn test_names_are_in_step_with_the_variants() {
         BufferTooSmall: "buffer_too_small",
         Disabled: "disabled",
         Runt: "runt",
+        NoLink: "no_link",
         UnknownAnswer: "unknown_answer",
         BadChecksumRequest: "bad_checksum_request",
         BadSegmentRequest: "bad_segment_request",
