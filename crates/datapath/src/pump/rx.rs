@@ -269,6 +269,7 @@ impl Rx {
             count += 1;
         }
         self.post_slab_frames(xsk, slab);
+        self.keep_reserve(xsk, slab);
         Ok(count)
     }
 
@@ -372,6 +373,10 @@ impl Rx {
             let Some(frame) = slab.take() else { break };
             fill(xsk, frame);
         }
+    }
+
+    /// Posts slab frames where the driver would have fewer buffers than it must always have.
+    fn keep_reserve(&self, xsk: &mut XskSocket, slab: &mut Slab) {
         for _ in self.posted.len() + slab.used()..posted_min(&xsk.rules) {
             let Some(frame) = slab.take() else { break };
             fill(xsk, frame);
