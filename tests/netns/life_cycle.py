@@ -200,7 +200,7 @@ class LifeCycle:
         restarts = report.worker_restarts
         os.kill(report.worker_pid, signal.SIGKILL)
         await until_gone(report.worker_pid)
-        del self._idle[report.worker_pid]
+        self._idle.pop(report.worker_pid, None)  # one that never was without a guest was not counted
         await self._running_port.until(
             lambda report: report.worker_restarts > restarts and report.worker == "ready", timeout_s=TIMEOUT_S
         )

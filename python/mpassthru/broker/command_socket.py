@@ -84,9 +84,14 @@ class CommandSocket:
                 tasks.create_task(self._answer(connection))
 
     def close(self) -> None:
-        """Listen no more, and remove the path."""
+        """Listen no more, and remove the path.
+
+        Raises:
+            HostError: the path cannot be removed; the next port to start removes it.
+        """
         self._sock.close()
-        self._path.unlink(missing_ok=True)
+        with attempting(f"remove {self._path}"):
+            self._path.unlink(missing_ok=True)
 
     async def _answer(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(ControlError):  # whoever asked has gone, or talks nonsense
