@@ -33,6 +33,8 @@ reasons! {
         DriverUnproven => "driver_unproven",
         /// rx: the guest had posted fewer buffers than the driver must always have (zero-copy mode).
         FewBuffers => "few_buffers",
+        /// rx: longer than the UMEM's frames: it came in several pieces, and what was behind the first was moved.
+        LongFrame => "long_frame",
         /// rx: the kernel placed the frame at an unexpected offset.
         Shifted => "shifted",
         /// tx: shorter than the driver takes; padded.
