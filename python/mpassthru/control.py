@@ -64,6 +64,8 @@ class Configure(_Message, frozen=True):
     """Set if `socket_mode` is `zero-copy`."""
     tx_offloads: bool = False
     """The guest may leave checksums and segmentation to us."""
+    source_addresses: tuple[bytes, ...] | None = None
+    """What frames from the guest may have as their source; None for any."""
     uid: int | None = None
     """The worker's user and group; None for both if the broker's own, who is not root then."""
     gid: int | None = None

@@ -73,6 +73,8 @@ class AttachOptions:
     zero_copy: ZeroCopyOptions = field(default_factory=ZeroCopyOptions)
     xdp: XdpChoice = "auto"
     steer: Steer = field(default_factory=Steer)
+    lock_macs: tuple[bytes, ...] | None = None
+    """Source addresses that frames from the guest may have; None for any."""
     poll: PollMode = "adaptive"
     tx_offloads: TxOffloads = "auto"
     user: str | None = None
@@ -229,6 +231,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
                 zero_copy_rules=rules,
                 tx_offloads=offers_tx_offloads(options.tx_offloads, socket_mode, rules, view),
                 poll=options.poll,
+                source_addresses=options.lock_macs,
                 uid=uid,
                 gid=gid,
             ),
