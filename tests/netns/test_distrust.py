@@ -39,7 +39,9 @@ async def test_queue_pair_stops_at_the_first_wrong_answer_and_runs_again_when_th
             said = await port.until_said("stand still until the guest starts them anew")
             assert "the kernel has received into a buffer that was not given to it" in said
             assert "suspect its driver, veth of" in said
-            report = await port.until(lambda report: report.mode == "detached")
+            report = await port.until(
+                lambda report: report.mode == "detached" and "unknown_answer" in report.rx.dropped
+            )
             assert report.rx.dropped["unknown_answer"] == 1
             assert guest.counters().rx_frames == FRAMES + 1, "nothing after the first wrong answer"
 
