@@ -375,9 +375,12 @@ impl Rx {
         }
     }
 
-    /// Posts slab frames where the driver would have fewer buffers than it must always have.
+    /// Posts slab frames where the driver would have fewer buffers than it must always have, from its first one on: without
+    /// any it receives nothing. So a guest that begins with a full ring has its first frames in place.
     fn keep_reserve(&self, xsk: &mut XskSocket, slab: &mut Slab) {
-        for _ in self.posted.len() + slab.used()..posted_min(&xsk.rules) {
+        let posted = self.posted.len() + slab.used();
+        let wanted = if posted > 0 { posted_min(&xsk.rules) } else { 0 };
+        for _ in posted..wanted {
             let Some(frame) = slab.take() else { break };
             fill(xsk, frame);
         }
