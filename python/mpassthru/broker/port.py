@@ -86,6 +86,8 @@ class Port:
         self._memory = memory
         self._once = once or endpoint.single
         self._say = LineLimiter(say)
+        # Of its own, so that what a guest does, as often as it likes, hides nothing that went wrong on the host.
+        self._say_of_guest = LineLimiter(say)
         self._say_stderr = LineLimiter(say, lines_max=STDERR_LINES_MAX)
         self._supply = WorkerSupply(start_worker, self._say, self._say_of_worker)
         self._grants = SocketGrants(configuration.queue_pairs, new_socket, wait_free)
@@ -115,6 +117,10 @@ class Port:
         """Tell the user of something that went wrong, and keep it for the report."""
         self.status.troubles.append(line)
         self._say(line)
+
+    def _trouble_of_guest(self, line: str) -> None:
+        self.status.troubles.append(line)
+        self._say_of_guest(line)
 
     async def rebind(self, binding: control.Binding | None, steering: Steering | None = None) -> None:
         """Have the port's sockets on another interface, or in another way, or on none. One at a time.
@@ -300,7 +306,7 @@ class Port:
                 self._session_changed(state, error)
             case control.Fault(vring=vring, error=error):
                 self.status.faults += 1
-                self.trouble(f"virtqueue {vring} was stopped, for the guest broke it: {printable(error)}")
+                self._trouble_of_guest(f"virtqueue {vring} was stopped, for the guest broke it: {printable(error)}")
             case control.Resumed(vring=vring, buffers=buffers):
                 self.status.buffers_resumed += buffers
                 self._say(f"virtqueue {vring} goes on where a worker ended that had {buffers} of its buffers")
@@ -373,10 +379,10 @@ class Port:
 
     def _session_changed(self, state: control.GuestState, error: str | None) -> None:
         if state != self.status.guest:
-            self._say(f"guest: {state}")
+            self._say_of_guest(f"guest: {state}")
         self.status.guest = state
         if error is not None:
-            self.trouble(f"session ended: {printable(error)}")
+            self._trouble_of_guest(f"session ended: {printable(error)}")
         if state == "running" and not self._once:
             self._supply.keep_reserve()
         if state == "waiting":

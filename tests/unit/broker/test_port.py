@@ -20,6 +20,7 @@ from mpassthru.broker.worker_process import WorkerProcess
 from mpassthru.control import BrokerMessage, ControlChannel, WorkerMessage
 from mpassthru.errors import HostError, MpassthruError, RefusedError
 from mpassthru.locked_memory import Budget
+from mpassthru.log import LINES_MAX
 from mpassthru.report import DirectionReport
 
 BINDING = control.Binding(
@@ -519,6 +520,18 @@ async def test_fault_is_counted_and_its_words_are_made_printable() -> None:
         await h.until("virtqueue 1 was stopped, for the guest broke it: loop [31m forged line")
 
         assert h.port.status.faults == 1
+
+
+async def test_what_a_guest_does_often_hides_no_trouble_of_the_host() -> None:
+    async with harness() as h:
+        worker = await h.worker()
+        for _ in range(2 * LINES_MAX):
+            worker.far.send(control.Fault(vring=1, error="loop"))
+            worker.far.send(control.SessionChanged(state="connected"))
+            worker.far.send(control.SessionChanged(state="waiting"))
+        worker.far.send(control.Notice(text="going on in copy mode", trouble=True))
+
+        await h.until("going on in copy mode")
 
 
 async def test_workers_stderr_is_said_printable() -> None:
