@@ -46,7 +46,6 @@ class Wire:
         chunks = [self._free.pop(0) for _ in range(buffers)]
         self._posted.update(chunks)
         self._xsk.post(*chunks)
-        assert self._xsk.all_taken(), "a NIC without buffers loses frames"
         wrong = 0
         for number in range(self._sent, self._sent + buffers):
             self._peer.send((HEADER + number.to_bytes(4, "big")).ljust(60, b"\0"))

@@ -54,10 +54,6 @@ class _Ring:
         self._consumer.value = index + 1
         return entry
 
-    def pending(self) -> int:
-        """Entries that the other side has not consumed."""
-        return (self._producer.value - self._consumer.value) % (1 << 32)
-
     def _at(self, index: int) -> int:
         return self._start + index % self._descs * self._entry.size
 
@@ -79,13 +75,6 @@ class Xsk:
         """Give chunks of the UMEM to the kernel, all at once, and let a zero-copy driver know."""
         self.fill.produce(*(chunk * af_xdp.CHUNK_SIZE_BYTES for chunk in chunks))
         select.select([self.socket], [], [], 0)
-
-    def all_taken(self, timeout_s: float = 2.0) -> bool:
-        """Whether the driver takes all that was posted, within `timeout_s` seconds."""
-        deadline = time.monotonic() + timeout_s
-        while self.fill.pending() and time.monotonic() < deadline:
-            select.select([self.socket], [], [], _LOOK_AGAIN_S)
-        return not self.fill.pending()
 
     def answer(self, timeout_s: float = 2.0) -> tuple[int, bytes] | None:
         """The next received frame, and the chunk that the kernel says it is in; None after `timeout_s` seconds."""
