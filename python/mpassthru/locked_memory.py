@@ -21,7 +21,7 @@ from typing import Final, Self
 
 import msgspec
 
-from mpassthru.errors import HostError, MpassthruError, RefusedError, errno_name
+from mpassthru.errors import HostError, MpassthruError, RefusedError, attempting, errno_name
 from mpassthru.netdev import format_bytes
 
 RUNTIME_DIR: Final = Path("/run/mpassthru")
@@ -126,12 +126,16 @@ class LockedMemory:
                 self._write(self.locked_bytes)
 
     def close(self) -> None:
-        """Hold nothing any more. May be repeated."""
+        """Hold nothing any more. May be repeated.
+
+        Raises:
+            HostError: the file cannot be removed; it counts for nothing.
+        """
         if self._fd >= 0:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
             os.close(self._fd)
             self._fd = -1
+            with attempting(f"remove {self._path}"), contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
 
     def _check(self, wanted_bytes: int, others: Sequence[Holding]) -> None:
         port_max_bytes, host_max_bytes = self.budget.port_max_bytes, self.budget.host_max_bytes

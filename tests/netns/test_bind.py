@@ -26,10 +26,10 @@ from mpassthru.port_commands import Bind, Unbind, ask
 from mpassthru.testing.attached_port import AttachedPort, attached_port
 from mpassthru.testing.child import running_child, until_gone
 from mpassthru.testing.guest import BuiltinGuest
-from mpassthru.testing.guest_config import GuestConfig, Pattern, Source
+from mpassthru.testing.guest_config import DEFAULT_FEATURES, GuestConfig, Pattern, Source
 from mpassthru.testing.netns import Namespace
 from mpassthru.testing.wire import PacketWire
-from mpassthru.vhost_user import Frontend
+from mpassthru.vhost_user import Frontend, VirtioFeature
 from mpassthru.worker.device import rarp_frame
 
 OTHER, OTHER_PEER = "mpt2", "mpt3"
@@ -81,12 +81,18 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(namespace: Namespace, folder: Path, *options: str, queue_pairs: int = 1) -> AsyncIterator[Scene]:
+async def scene(
+    namespace: Namespace,
+    folder: Path,
+    *options: str,
+    queue_pairs: int = 1,
+    features: VirtioFeature = DEFAULT_FEATURES,
+) -> AsyncIterator[Scene]:
     runtime = ("--runtime-dir", str(folder / "run"), "--guest-size", "64M")
     path = folder / "port.sock"
     async with attached_port(namespace, path, *runtime, *options) as port:
         await port.until_said("is ready")
-        config = GuestConfig(queue_pairs=queue_pairs, canaries=True)
+        config = GuestConfig(queue_pairs=queue_pairs, features=features, canaries=True)
         async with BuiltinGuest.connect(path, config, timeout_s=TIMEOUT_S) as guest:
             guest.start(rx="check")
             await port.until(is_bound)
@@ -99,13 +105,14 @@ async def until_on(scene: Scene, ifname: str) -> None:
     await scene.port.until(lambda report: report.interface == ifname and is_bound(report))
 
 
+@pytest.mark.parametrize("rings", [VirtioFeature(0), VirtioFeature.VIRTIO_F_RING_PACKED], ids=["split", "packed"])
 async def test_guest_is_moved_under_traffic_and_its_account_of_every_buffer_stays_right(
-    veth: Namespace, tmp_path: Path
+    veth: Namespace, tmp_path: Path, rings: VirtioFeature
 ) -> None:
     make_veth(veth, OTHER, OTHER_PEER)
     with veth.entered():
         wires = [PacketWire(socket.if_nametoindex(peer)) for peer in (veth.peer, OTHER_PEER)]
-    async with scene(veth, tmp_path) as s, wires[0], wires[1]:
+    async with scene(veth, tmp_path, features=DEFAULT_FEATURES | rings) as s, wires[0], wires[1]:
         for number, wire in enumerate(wires):
             wire.start_sending(Pattern(seed=101 + number, sizes=SIZES), count=ENDLESS, rate_frames_per_s=3000)
         s.guest.start(rx="check", source=Source(pattern=Pattern(seed=103, sizes=SIZES), rate_frames_per_s=3000))

@@ -28,7 +28,7 @@ def stale_removed(path: Path) -> Iterator[None]:
 
     Raises:
         RefusedError: the path is a living process's, no socket, or being taken over by somebody else.
-        HostError: its directory cannot be opened.
+        HostError: its directory cannot be opened, or the socket not be removed.
     """
     with _locked(path.parent):
         with contextlib.suppress(FileNotFoundError):
@@ -40,7 +40,8 @@ def stale_removed(path: Path) -> Iterator[None]:
             raise RefusedError(
                 f"cannot listen on {path}: the socket path is taken by a running process; choose another"
             )
-        path.unlink(missing_ok=True)
+        with attempting(f"remove {path}, which nobody listens on any more"):
+            path.unlink(missing_ok=True)
         yield
 
 

@@ -67,6 +67,7 @@ class PortSockets:
         self._notice = notice
         self._attaching = [asyncio.Lock() for _ in range(configuration.queue_pairs)]
         self._bound_to: dict[int, Binding] = {}
+        """What the broker takes queue pairs to be bound to; between two sockets, what the last one was bound to."""
         self._distrusted: set[str | None] = set()
         """Drivers whose zero-copy mode has gone wrong: sockets on their interfaces are in copy mode from then on."""
         self._unproven = dict.fromkeys(configuration.unproven, _EARLIER_WORKER)
@@ -99,6 +100,7 @@ class PortSockets:
             if binding is None or self._engine.socket_attached(queue_pair):
                 return
             if for_running and not self._is_needed(queue_pair):
+                self._end_exchange(queue_pair)
                 return
             bind = self._bind_prepared
             if self._prepared.get(queue_pair) != binding.serial:
@@ -114,7 +116,7 @@ class PortSockets:
                 if self._engine.socket_attached(queue_pair):
                     await self._detach(queue_pair)
                 # The broker's copy would keep the socket, and with it all of guest memory pinned.
-                self._client.released(queue_pair)
+                self._tell_released(queue_pair)
                 raise
 
     def attach_later(self, queue_pair: int) -> None:
@@ -163,8 +165,20 @@ class PortSockets:
         if self._engine.socket_attached(queue_pair):
             await self._detach(queue_pair)
             if queue_pair not in self._unproven:
-                self._client.released(queue_pair)
+                self._tell_released(queue_pair)
+        else:
+            self._end_exchange(queue_pair)
         await self.prove_free(queue_pair)
+
+    def _end_exchange(self, queue_pair: int) -> None:
+        """No socket follows the last one: if that is not said by `prove_free`, say it."""
+        self._discard_prepared(queue_pair)
+        if queue_pair in self._bound_to and queue_pair not in self._unproven:
+            self._tell_released(queue_pair)
+
+    def _tell_released(self, queue_pair: int) -> None:
+        self._bound_to.pop(queue_pair, None)
+        self._client.released(queue_pair)
 
     async def prove_free(self, queue_pair: int) -> None:
         """Wait until no NIC can write to the buffers of the last socket.
@@ -175,6 +189,7 @@ class PortSockets:
         if queue_pair in self._unproven:
             await self._client.freed(queue_pair)
             del self._unproven[queue_pair]
+            self._bound_to.pop(queue_pair, None)
 
     async def _detach(self, queue_pair: int) -> None:
         binding = self._bound_to.get(queue_pair)
@@ -233,7 +248,7 @@ class PortSockets:
             if self._engine.socket_attached(queue_pair) and self._bound_to[queue_pair] != binding:
                 await self._detach(queue_pair)
                 if queue_pair not in self._prepared:
-                    self._client.released(queue_pair)
+                    self._tell_released(queue_pair)
 
     async def _attach_needed(self) -> list[MpassthruError]:
         errors: list[MpassthruError] = []
@@ -267,7 +282,8 @@ class PortSockets:
         Raises:
             HostError: no socket could be had, or the memory could not be pinned once more (ENOBUFS: the memlock limit).
         """
-        await self._prepare(queue_pair, self._bound_to[queue_pair])
+        if (binding := self._bound_to.get(queue_pair)) is not None:
+            await self._prepare(queue_pair, binding)
 
     async def _prepare(self, queue_pair: int, binding: Binding) -> None:
         async with self.lock(queue_pair):

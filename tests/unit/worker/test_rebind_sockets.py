@@ -169,6 +169,23 @@ async def test_memory_does_not_change_while_sockets_move(bench: Bench) -> None:
     assert bench.engine.calls[1:4] == ["detach 0", "attach-prepared 0", "add 1"]
 
 
+async def test_virtqueue_that_stops_between_two_sockets_leaves_none_that_the_broker_believes_in(bench: Bench) -> None:
+    await running(bench, 0)
+    bench.engine.held = {"detach"}
+    moving = asyncio.create_task(bench.device.rebind(ELSEWHERE))
+    while "detach 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    stopping = asyncio.create_task(bench.device.stop_vring(0))
+    await asyncio.sleep(0)
+
+    bench.engine.held = set()
+    bench.engine.end_held()
+    await asyncio.wait_for(asyncio.gather(moving, stopping), TIMEOUT_S)
+
+    assert bench.engine.calls == ["prepare 0", "detach 0", "stop 0", "discard 0"]
+    await heard(bench, "SocketWanted", "SocketReleased")
+
+
 async def test_guest_mtu_is_held_against_the_last_interface(bench: Bench) -> None:
     await bench.device.rebind(msgspec.structs.replace(ELSEWHERE, mtu_bytes=1400))
     await bench.device.rebind(None)
