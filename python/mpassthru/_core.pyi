@@ -140,7 +140,14 @@ class Engine:
     (an eventfd, non-blocking; read it, then call `drain_events`).
     """
 
-    def __new__(cls, *, queue_pairs: int, poll: Literal["busy", "adaptive", "interrupt"] = "adaptive") -> Engine: ...
+    def __new__(
+        cls,
+        *,
+        queue_pairs: int,
+        poll: Literal["busy", "adaptive", "interrupt"] = "adaptive",
+        source_addresses: tuple[bytes, ...] | None = None,
+    ) -> Engine:
+        """Start the threads. Frames from the guest have one of these source addresses, or are dropped (`spoofed`)."""
     @property
     def event_fd(self) -> int: ...
     def drain_events(self) -> list[Event]: ...

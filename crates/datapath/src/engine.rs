@@ -9,7 +9,8 @@ use crate::error::{Error, HostError};
 use crate::fd::{EventFd, duplicate};
 use crate::guest_memory::{DirtyLog, FileSpec, GuestMemory, RegionSpec, UmemAddr};
 use crate::pump::{
-    Command, CommandQueue, Completion, Event, EventQueue, MacAddress, PollMode, Pump, PumpView, VringConfig, slab_bytes,
+    Command, CommandQueue, Completion, Event, EventQueue, MacAddress, PollMode, Pump, PumpView, SourceLock,
+    VringConfig, slab_bytes,
 };
 use crate::stats::Counts;
 use crate::virtqueue::{Logged, WriteLog};
@@ -51,11 +52,11 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the pump threads; they sleep until there is work.
+    /// Starts the pump threads; they sleep until there is work. Frames from the guest have sources that `lock` allows.
     ///
     /// # Errors
     /// More than [`QUEUE_PAIRS_MAX`] or no queue pairs; no eventfd or thread can be made.
-    pub fn new(queue_pairs: usize, poll: PollMode) -> Result<Self, Error> {
+    pub fn new(queue_pairs: usize, poll: PollMode, lock: &SourceLock) -> Result<Self, Error> {
         if !(1..=QUEUE_PAIRS_MAX).contains(&queue_pairs) {
             return Err(Error::Refused(format!(
                 "cannot make {queue_pairs} queue pairs: 1 to {QUEUE_PAIRS_MAX} are possible"
@@ -70,7 +71,7 @@ impl Engine {
             next_token: AtomicU64::new(1),
         };
         for pair in 0..queue_pairs {
-            engine.pumps.push(start_pump(pair, poll, &engine.events)?);
+            engine.pumps.push(start_pump(pair, poll, lock, &engine.events)?);
         }
         Ok(engine)
     }
@@ -398,10 +399,10 @@ impl Drop for Engine {
     }
 }
 
-fn start_pump(pair: usize, poll: PollMode, events: &Arc<EventQueue>) -> Result<PumpHandle, Error> {
+fn start_pump(pair: usize, poll: PollMode, lock: &SourceLock, events: &Arc<EventQueue>) -> Result<PumpHandle, Error> {
     let commands = Arc::new(CommandQueue::new()?);
     let view = Arc::new(PumpView::default());
-    let pump = Pump::new(pair, poll, Arc::clone(&commands), Arc::clone(events), Arc::clone(&view));
+    let pump = Pump::new(pair, poll, lock.clone(), Arc::clone(&commands), Arc::clone(events), Arc::clone(&view));
     let thread = spawn(format!("pump-{pair}"), || pump.run())?;
     Ok(PumpHandle { commands, view, prepared: Arc::default(), thread: Mutex::new(Some(thread)) })
 }

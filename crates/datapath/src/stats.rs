@@ -70,6 +70,8 @@ reasons! {
         BadChecksumRequest => "bad_checksum_request",
         /// tx: segmentation is asked for of what cannot be segmented, or was not negotiated.
         BadSegmentRequest => "bad_segment_request",
+        /// tx: the source address is none that the guest may have.
+        Spoofed => "spoofed",
     }
 }
 

@@ -6,7 +6,7 @@ use mpassthru_datapath::engine::Engine as Port;
 use mpassthru_datapath::error::HostError;
 use mpassthru_datapath::fd::EventFd;
 use mpassthru_datapath::guest_memory::{FileSpec, GuestPhysAddr, RegionSpec, UserAddr};
-use mpassthru_datapath::pump::{self, PollMode};
+use mpassthru_datapath::pump::{self, PollMode, SourceLock};
 use mpassthru_datapath::stats::{BounceReason, Counts, DropReason, Offload};
 use mpassthru_datapath::virtqueue::{InflightRecord, Logged, QueueConfig};
 use mpassthru_datapath::xsk::{
@@ -271,15 +271,16 @@ struct Engine(Port);
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (*, queue_pairs, poll = "adaptive"))]
-    fn new(queue_pairs: usize, poll: &str) -> PyResult<Self> {
+    #[pyo3(signature = (*, queue_pairs, poll = "adaptive", source_addresses = None))]
+    fn new(queue_pairs: usize, poll: &str, source_addresses: Option<Vec<[u8; 6]>>) -> PyResult<Self> {
         let poll = match poll {
             "busy" => PollMode::Busy,
             "adaptive" => PollMode::Adaptive,
             "interrupt" => PollMode::Interrupt,
             _ => return Err(PyValueError::new_err(format!("poll is busy, adaptive or interrupt, not {poll:?}"))),
         };
-        Port::new(queue_pairs, poll).map(Self).map_err(datapath_error)
+        let lock = source_addresses.map_or_else(SourceLock::open, |addresses| SourceLock::to(&addresses));
+        Port::new(queue_pairs, poll, &lock).map(Self).map_err(datapath_error)
     }
 
     #[getter]

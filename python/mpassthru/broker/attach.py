@@ -135,6 +135,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
             binding=None,
             longer_buffers=wants_longer_buffers(rules),
             tx_offloads=offers_tx_offloads(options.tx_offloads, taken.binding.socket_mode, rules, view),
+            source_addresses=options.lock_macs,
             pins_memory=options.mode != "packet",
             uid=uid,
             gid=gid,

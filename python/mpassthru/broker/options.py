@@ -31,6 +31,8 @@ class AttachOptions:
     zero_copy: ZeroCopyOptions = field(default_factory=ZeroCopyOptions)
     xdp: XdpChoice = "auto"
     steer: Steer = field(default_factory=Steer)
+    lock_macs: tuple[bytes, ...] | None = None
+    """Source addresses that frames from the guest may have; None for any."""
     poll: PollMode = "adaptive"
     tx_offloads: TxOffloads = "auto"
     user: str | None = None

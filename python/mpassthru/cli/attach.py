@@ -19,7 +19,7 @@ from mpassthru.cli.locked_memory import LockedMemoryAll, RuntimeDir
 from mpassthru.cli.recipe import GuestRecipe
 from mpassthru.cli.sizes import parse_size
 from mpassthru.cli.socket_access import parse_socket_access
-from mpassthru.cli.steer import steer_by
+from mpassthru.cli.steer import parse_macs, steer_by
 from mpassthru.live_view import JsonView, LineView, TerminalView, View
 
 INTERVAL_TERMINAL_S = 1.0
@@ -86,6 +86,10 @@ def attach_command(
     vlans: Annotated[
         str, typer.Option(metavar="LIST", help="With --steer mac: VLANs of the guest: all, none, or as 5,7,100-199.")
     ] = "all",
+    lock_mac: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MAC", help="Drop frames from the guest with another source address; repeatable."),
+    ] = None,
     poll: Annotated[
         Literal["busy", "adaptive", "interrupt"], typer.Option(help="How to wait for frames.")
     ] = "adaptive",
@@ -142,6 +146,7 @@ def attach_command(
         steer=steer_by(
             steer, mac or [], groups=multicast_group or [], vlans=vlans, broadcast=broadcast, multicast=multicast
         ),
+        lock_macs=parse_macs("--lock-mac", lock_mac) if lock_mac else None,
         poll=poll,
         tx_offloads=tx_offloads,
         user=user,

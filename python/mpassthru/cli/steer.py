@@ -37,12 +37,21 @@ def steer_by(
     return Steer(
         kind=kind,
         allowed=Filter(
-            unicast=_table("--mac", map(parse_mac, macs)) if macs else None,
+            unicast=parse_macs("--mac", macs) if macs else None,
             multicast=_table("--multicast-group", map(parse_group, groups)) if groups or not multicast else None,
             broadcast=broadcast,
             vlans=parse_vlans(vlans),
         ),
     )
+
+
+def parse_macs(option: str, texts: Iterable[str]) -> tuple[bytes, ...]:
+    """What an option said of stations' addresses.
+
+    Raises:
+        typer.BadParameter: one is none, or they are too many.
+    """
+    return _table(option, map(parse_mac, texts))
 
 
 def parse_mac(text: str) -> bytes:

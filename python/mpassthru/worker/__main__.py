@@ -32,7 +32,11 @@ def main() -> int:
 
 def make_engine(configuration: Configure) -> _core.Engine:
     """The engine of a port."""
-    return _core.Engine(queue_pairs=configuration.queue_pairs, poll=configuration.poll)
+    return _core.Engine(
+        queue_pairs=configuration.queue_pairs,
+        poll=configuration.poll,
+        source_addresses=configuration.source_addresses,
+    )
 
 
 if __name__ == "__main__":

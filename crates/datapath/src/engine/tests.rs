@@ -14,7 +14,7 @@ use super::{Engine, PollMode, QUEUE_PAIRS_MAX};
 use crate::error::Error;
 use crate::fixture::{Guest, VIRTIO_F_VERSION_1, cases, memfd, specs};
 use crate::guest_memory::{FileSpec, GuestPhysAddr, PAGE_BYTES, RegionSpec, UserAddr};
-use crate::pump::{Completion, Event, VringConfig};
+use crate::pump::{Completion, Event, SourceLock, VringConfig};
 use crate::virtqueue::Logged;
 use crate::xsk::{BindMode, SocketParams, UmemLayout};
 
@@ -28,7 +28,7 @@ const PARAMS: SocketParams = SocketParams {
 };
 
 fn engine(pairs: usize) -> Engine {
-    Engine::new(pairs, PollMode::Adaptive).unwrap()
+    Engine::new(pairs, PollMode::Adaptive, &SourceLock::open()).unwrap()
 }
 
 fn layout(index: usize) -> RingLayout {
@@ -88,7 +88,10 @@ fn config(guest: &Guest, index: usize, base: u32) -> VringConfig {
 #[test]
 fn test_only_sensible_numbers_of_queue_pairs_are_possible() {
     for pairs in [0, QUEUE_PAIRS_MAX + 1] {
-        assert!(message(Engine::new(pairs, PollMode::Busy).map(|_| ())).contains("1 to 64 are possible"));
+        assert!(
+            message(Engine::new(pairs, PollMode::Busy, &SourceLock::open()).map(|_| ()))
+                .contains("1 to 64 are possible")
+        );
     }
     assert_eq!(engine(3).queue_pairs(), 3);
 }

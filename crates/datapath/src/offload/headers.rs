@@ -22,6 +22,8 @@ pub const NET_HEADER_BYTES: usize = 10;
 /// Room for the headers of a frame: Ethernet, two VLAN tags, IPv6, TCP with options, and 390 bytes of extension headers.
 pub const HEADERS_MAX: usize = 512;
 
+/// Destination, source, type.
+pub const ETHERNET_HEADER_BYTES: usize = 14;
 const ETHERTYPE_AT: usize = 12;
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -110,8 +112,8 @@ pub fn asks_for_nothing([flags, gso_type]: [u8; 2]) -> bool {
 /// What is to be done to a frame. All offsets are from its start, and lie inside its headers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// What it is counted as.
-    pub offload: Offload,
+    /// What it is counted as; `None` if nothing is asked for.
+    pub offload: Option<Offload>,
     /// Length of the headers: what is made here.
     pub headers: usize,
     /// What the checksum covers begins here.
@@ -133,6 +135,10 @@ pub(super) struct Segmentation {
 }
 
 impl Plan {
+    /// A frame that goes out as it is, its Ethernet header apart.
+    pub const AS_IS: Self =
+        Self { offload: None, headers: ETHERNET_HEADER_BYTES, sum_start: 0, sum_field: 0, segmentation: None };
+
     /// What `header` asks for, of a frame whose first [`NetHeader::headers_bound`] bytes are `frame`.
     ///
     /// # Errors
@@ -149,7 +155,8 @@ impl Plan {
     fn checksum(header: &NetHeader, frame: &[u8]) -> Option<Self> {
         let sum_start = usize::from(header.csum_start);
         let sum_field = sum_start + usize::from(header.csum_offset);
-        if sum_field + 2 > frame.len() {
+        // No transport header lies in the Ethernet header, where a sum would change addresses that were checked.
+        if sum_start < ETHERNET_HEADER_BYTES || sum_field + 2 > frame.len() {
             return None;
         }
         // With the whole transport header, if it is one: a frame without payload is a piece less then.
@@ -159,7 +166,7 @@ impl Plan {
             _ => 0,
         };
         let headers = (sum_start + transport).max(sum_field + 2).min(frame.len());
-        Some(Self { offload: Offload::Checksum, headers, sum_start, sum_field, segmentation: None })
+        Some(Self { offload: Some(Offload::Checksum), headers, sum_start, sum_field, segmentation: None })
     }
 
     fn segments(offloads: Offloads, header: &NetHeader, frame: &[u8]) -> Option<Self> {
@@ -194,7 +201,13 @@ impl Plan {
         let segmentation =
             Segmentation { is_ipv4: network.is_ipv4, is_tcp, ip: network.ip, payload_max: header.gso_size };
         let sum_start = network.transport;
-        Some(Self { offload, headers, sum_start, sum_field: sum_start + sum_at, segmentation: Some(segmentation) })
+        Some(Self {
+            offload: Some(offload),
+            headers,
+            sum_start,
+            sum_field: sum_start + sum_at,
+            segmentation: Some(segmentation),
+        })
     }
 }
 

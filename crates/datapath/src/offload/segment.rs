@@ -6,7 +6,7 @@
 //! which nothing else changes.
 
 use super::checksum::Sum;
-use super::headers::{HEADERS_MAX, IPV6_BYTES, NetHeader, Offloads, Plan, Segmentation};
+use super::headers::{ETHERNET_HEADER_BYTES, HEADERS_MAX, IPV6_BYTES, NetHeader, Offloads, Plan, Segmentation};
 use crate::stats::{DropReason, Offload};
 
 /// Longest frame that is cut: what Linux sends at most (GSO_MAX_SIZE, include/linux/netdevice.h) and headers.
@@ -45,8 +45,13 @@ struct Original {
 
 impl Default for Segmenter {
     fn default() -> Self {
-        let plan = Plan { offload: Offload::Checksum, headers: 0, sum_start: 0, sum_field: 0, segmentation: None };
-        Self { plan, headers: [0; HEADERS_MAX], payload_bytes: 0, payload_done: 0, original: Original::default() }
+        Self {
+            plan: Plan::AS_IS,
+            headers: [0; HEADERS_MAX],
+            payload_bytes: 0,
+            payload_done: 0,
+            original: Original::default(),
+        }
     }
 }
 
@@ -78,6 +83,23 @@ impl Segmenter {
         Ok(())
     }
 
+    /// Begins with a frame of `len` bytes, an Ethernet header at least, of which nothing is asked.
+    ///
+    /// # Errors
+    /// It is longer than `frame_max` bytes.
+    pub fn begin_as_is(&mut self, len: u32, frame_max: u32, read: impl FnOnce(&mut [u8])) -> Result<(), DropReason> {
+        read(&mut self.headers[..ETHERNET_HEADER_BYTES]);
+        self.plan = Plan::AS_IS;
+        self.payload_bytes = len - self.headers();
+        self.payload_done = 0;
+        if len > frame_max { Err(DropReason::Oversize) } else { Ok(()) }
+    }
+
+    /// The Ethernet header, as it is in every segment.
+    pub fn ethernet(&self) -> [u8; ETHERNET_HEADER_BYTES] {
+        self.get(0)
+    }
+
     /// The driver's sum counts the whole length. It is taken from the field, and not made anew, for with a routing header
     /// the address that counts is not in the IPv6 header (RFC 8200 §8.1).
     fn original(&self, how: &Segmentation, len: u32) -> Original {
@@ -95,8 +117,8 @@ impl Segmenter {
         }
     }
 
-    /// What the frame is counted as.
-    pub fn offload(&self) -> Offload {
+    /// What the frame is counted as, if something was asked for.
+    pub fn offload(&self) -> Option<Offload> {
         self.plan.offload
     }
 
@@ -116,6 +138,14 @@ impl Segmenter {
     /// Makes the headers of the next segment and goes on to the one behind it. `add_payload` adds its payload to the sum.
     pub fn make(&mut self, add_payload: impl FnOnce(&mut Sum)) -> &[u8] {
         let payload = self.next_payload();
+        if self.plan.offload.is_some() {
+            self.make_headers(payload, add_payload);
+        }
+        self.payload_done += payload;
+        &self.headers[..self.plan.headers]
+    }
+
+    fn make_headers(&mut self, payload: u32, add_payload: impl FnOnce(&mut Sum)) {
         let mut sum = Sum::default();
         if let Some(how) = self.plan.segmentation {
             let transport_bytes = (self.plan.headers - self.plan.sum_start) as u32 + payload;
@@ -130,8 +160,6 @@ impl Segmenter {
         let is_tcp = self.plan.segmentation.is_some_and(|how| how.is_tcp);
         let checksum = if is_tcp { sum.checksum() } else { sum.checksum_not_zero() };
         self.put(self.plan.sum_field, checksum);
-        self.payload_done += payload;
-        &self.headers[..self.plan.headers]
     }
 
     /// Whether all segments are made, if one is.

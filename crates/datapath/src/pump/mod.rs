@@ -9,9 +9,11 @@
 mod command;
 mod inflight;
 mod packet;
+mod position;
 mod run;
 mod rx;
 mod slab;
+mod source_lock;
 mod tx;
 mod vring;
 mod wait;
@@ -24,5 +26,6 @@ pub(crate) use run::fuzz;
 pub(crate) use run::microbench;
 pub(crate) use run::{Pump, PumpView};
 pub(crate) use slab::slab_bytes;
+pub use source_lock::SourceLock;
 pub use vring::{MacAddress, VringConfig};
 pub use wait::{PollMode, Spin, sleep};

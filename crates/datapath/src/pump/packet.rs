@@ -1,20 +1,22 @@
 //! Both directions of a queue pair over a packet socket. Nothing of the guest is in the kernel's hands between bursts:
 //! frames are copied out of the socket's ring, and sent inside one system call.
 //!
+//! Where sources are checked, each frame begins with the header that was checked, a copy of ours.
+//!
 //! All frames count as bounced (`packet_mode`). `copied_bytes` has those of rx alone: on tx it is the kernel that copies.
 
-use super::tx::strip_header;
+use super::position::Position;
+use super::source_lock::SourceLock;
 use super::vring::{HEADER_BYTES_MAX, Vring};
 use crate::error::QueueFault;
 use crate::guest_memory::Segment;
+use crate::offload::headers::ETHERNET_HEADER_BYTES;
 use crate::packet::{PacketSocket, Received};
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::virtqueue::{CHAIN_DESCS_MAX, Direction, Taken};
 
 /// Frames handled before the other direction gets its turn.
 const BURST: usize = 64;
-/// Ethernet header: the shortest frame that has addresses.
-const ETHERNET_HEADER_BYTES: u32 = 14;
 /// Room for a burst of ordinary chains beside the longest one.
 const VECTORS_MAX: usize = CHAIN_DESCS_MAX + 4 * BURST;
 
@@ -31,11 +33,14 @@ enum Delivery {
 pub(super) struct PacketPump {
     pub socket: PacketSocket,
     frame_max: u32,
+    lock: SourceLock,
     chain: Vec<Segment>,
     /// Heads of one received frame, each with the number of its segments.
     heads: Vec<(Taken, usize)>,
     segments: Vec<Segment>,
     vectors: Vec<libc::iovec>,
+    /// Headers that were checked, to which vectors point.
+    checked: Vec<[u8; ETHERNET_HEADER_BYTES]>,
     messages: Vec<libc::mmsghdr>,
     /// Heads of the messages, each with its frame's length.
     sending: Vec<(Taken, u32)>,
@@ -49,15 +54,17 @@ pub(super) struct PacketPump {
 unsafe impl Send for PacketPump {}
 
 impl PacketPump {
-    pub fn new(socket: PacketSocket, frame_max: u32) -> Self {
+    pub fn new(socket: PacketSocket, frame_max: u32, lock: SourceLock) -> Self {
         Self {
             socket,
             frame_max,
+            lock,
             chain: Vec::with_capacity(CHAIN_DESCS_MAX),
             heads: Vec::with_capacity(usize::from(u16::MAX)),
             // A frame's heads have at most as many segments as it has bytes, and the last one goes on behind it.
             segments: Vec::with_capacity(frame_max as usize + HEADER_BYTES_MAX + CHAIN_DESCS_MAX),
             vectors: Vec::with_capacity(VECTORS_MAX),
+            checked: Vec::with_capacity(BURST),
             messages: Vec::with_capacity(BURST),
             sending: Vec::with_capacity(BURST),
             starved: false,
@@ -108,6 +115,7 @@ impl PacketPump {
     /// The driver broke the ring protocol; what was taken before is sent.
     pub fn transmit(&mut self, vring: &mut Vring, counts: &mut Counts) -> Result<u32, QueueFault> {
         self.vectors.clear();
+        self.checked.clear();
         self.sending.clear();
         self.send_errno = None;
         let gathered = self.gather(vring, counts);
@@ -125,9 +133,18 @@ impl PacketPump {
             self.chain.clear();
             let Some(head) = vring.queue.take(Direction::DeviceReads, &mut self.chain)? else { break };
             vring.learn_source(&self.chain);
-            let pieces = strip_header(&mut self.chain, vring.header_len);
-            let len = pieces.iter().fold(0u32, |sum, piece| sum.saturating_add(piece.len));
-            if let Some(reason) = reason_to_drop(vring.enabled, len, self.frame_max) {
+            let memory = vring.queue.memory();
+            let mut frame = Position::default();
+            frame.skip(&self.chain, vring.header_len);
+            let len = frame.bytes_behind(&self.chain);
+            let mut ethernet = [0; ETHERNET_HEADER_BYTES];
+            let judged = reason_to_drop(vring.enabled, len, self.frame_max).map_or(Ok(()), Err).and_then(|()| {
+                if !self.lock.is_open() {
+                    frame.read(&self.chain, memory, &mut ethernet);
+                }
+                self.lock.check(ethernet)
+            });
+            if let Err(reason) = judged {
                 if !self.sending.is_empty() {
                     vring.queue.untake(head);
                     break;
@@ -137,15 +154,22 @@ impl PacketPump {
                 dropped += 1;
                 continue;
             }
-            if self.vectors.len() + pieces.len() > VECTORS_MAX {
+            if self.vectors.len() + 1 + self.chain.len() > VECTORS_MAX {
                 vring.queue.untake(head);
                 break;
             }
             let first = self.vectors.len();
-            for piece in pieces {
-                let iov_base = vring.queue.memory().ptr(piece.addr).cast();
-                self.vectors.push(libc::iovec { iov_base, iov_len: piece.len as usize });
+            if !self.lock.is_open() {
+                frame.skip(&self.chain, ETHERNET_HEADER_BYTES as u32);
+                let slot = self.checked.len();
+                self.checked.push(ethernet);
+                self.vectors
+                    .push(libc::iovec { iov_base: self.checked[slot].as_mut_ptr().cast(), iov_len: ethernet.len() });
             }
+            frame.walk(&self.chain, len, |piece| {
+                let iov_base = memory.ptr(piece.addr).cast();
+                self.vectors.push(libc::iovec { iov_base, iov_len: piece.len as usize });
+            });
             self.messages.push(message(&mut self.vectors[first..]));
             self.sending.push((head, len));
         }
@@ -157,8 +181,8 @@ impl PacketPump {
         if self.sending.is_empty() {
             return 0;
         }
-        // SAFETY: the vectors are ranges of guest memory that walk() checked, mapped as long as the queue has it; `vectors`
-        // has not grown since, for its capacity was not passed.
+        // SAFETY: the vectors are ranges of guest memory that walk() checked, mapped as long as the queue has it, and entries
+        // of `checked`; neither that nor `vectors` has grown since, for their capacities were not passed.
         let sent = unsafe { self.socket.send(&mut self.messages) };
         let mut used = 0;
         match sent {
@@ -282,7 +306,7 @@ impl Place<'_> {
 fn reason_to_drop(enabled: bool, len: u32, frame_max: u32) -> Option<DropReason> {
     if !enabled {
         Some(DropReason::Disabled)
-    } else if len < ETHERNET_HEADER_BYTES {
+    } else if len < ETHERNET_HEADER_BYTES as u32 {
         Some(DropReason::Runt)
     } else if len > frame_max {
         Some(DropReason::Oversize)

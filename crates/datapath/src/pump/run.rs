@@ -8,6 +8,7 @@ use super::command::{Command, CommandQueue, Completion, Event, EventQueue};
 use super::packet::PacketPump;
 use super::rx::Rx;
 use super::slab::Slab;
+use super::source_lock::SourceLock;
 use super::tx::{Tx, TxInFlight, is_passing};
 use super::vring::{MacAddress, Vring, VringConfig};
 use super::wait::{PollMode, Spin, sleep};
@@ -97,6 +98,7 @@ pub(crate) struct Pump {
     commands: Arc<CommandQueue>,
     events: Arc<EventQueue>,
     view: Arc<PumpView>,
+    lock: SourceLock,
     spin: Spin,
     xsk: Option<XskSocket>,
     /// The other way to the interface; never both.
@@ -123,6 +125,7 @@ impl Pump {
     pub fn new(
         pair: usize,
         poll: PollMode,
+        lock: SourceLock,
         commands: Arc<CommandQueue>,
         events: Arc<EventQueue>,
         view: Arc<PumpView>,
@@ -132,6 +135,7 @@ impl Pump {
             commands,
             events,
             view,
+            lock,
             spin: Spin::new(poll),
             xsk: None,
             packet: None,
@@ -431,7 +435,9 @@ impl Pump {
     fn publish(&self) {
         self.view.rx.publish(&self.rx_counts);
         self.view.tx.publish(&self.tx_counts);
-        if let Some(source) = self.tx.as_ref().and_then(|tx| tx.vring.source) {
+        if let Some(source) = self.tx.as_ref().and_then(|tx| tx.vring.source)
+            && self.lock.allows(source)
+        {
             self.view.set_guest_address(source);
         }
     }
@@ -485,7 +491,7 @@ impl Pump {
         let socket = PacketSocket::open(socket, frame_max)?;
         self.reclaim();
         *self.view.packet.lock().unwrap_or_else(PoisonError::into_inner) = Some(socket.shared_fd());
-        self.packet = Some(PacketPump::new(socket, frame_max));
+        self.packet = Some(PacketPump::new(socket, frame_max, self.lock.clone()));
         Ok(0)
     }
 
@@ -613,7 +619,7 @@ impl Pump {
         if tx {
             self.unsent_since = None;
             self.view.set_guest_address(MacAddress::default());
-            self.tx = Some(Tx::new(vring));
+            self.tx = Some(Tx::new(vring, self.lock.clone()));
         } else {
             self.rx = Some(Rx::new(vring));
         }
@@ -672,6 +678,13 @@ impl Pump {
 
     fn inject(&mut self, frame: &[u8]) -> Result<u64, Error> {
         let fits = (14..=FRAME_BYTES_MAX as usize).contains(&frame.len());
+        // It may be the front-end that says who announces itself.
+        if let Some(ethernet) = frame.first_chunk()
+            && let Err(reason) = self.lock.check(*ethernet)
+        {
+            self.tx_counts.dropped(reason);
+            return Err(Error::Refused("cannot send a frame from an address that the guest may not have".into()));
+        }
         if let Some(packet) = self.packet.as_mut().filter(|_| fits) {
             let refused = |errno| HostError::new(errno, "cannot send a frame", "bring the interface up");
             return packet.inject(frame).map(|()| 0).map_err(|errno| refused(errno).into());

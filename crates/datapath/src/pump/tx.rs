@@ -13,10 +13,11 @@ use std::ops::Range;
 use self::offload::Split;
 use super::inflight::InFlight;
 use super::slab::Slab;
+use super::source_lock::SourceLock;
 use super::vring::Vring;
 use crate::error::{BurstError, QueueFault, UnknownAnswer};
 use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
-use crate::offload::headers::asks_for_nothing;
+use crate::offload::headers::{self, asks_for_nothing};
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::virtqueue::{CHAIN_DESCS_MAX, Direction, Taken};
 use crate::xsk::{
@@ -25,8 +26,8 @@ use crate::xsk::{
 
 /// Frames handled before the other direction gets its turn.
 const BURST: u32 = 64;
-/// Ethernet header: the shortest frame that has addresses.
-const ETHERNET_HEADER_BYTES: u32 = 14;
+/// The shortest frame that has addresses.
+const ETHERNET_HEADER_BYTES: u32 = headers::ETHERNET_HEADER_BYTES as u32;
 
 /// Longest piece that one descriptor takes (`net/xdp/xsk_queue.h`: xp_unaligned_validate_desc).
 const PIECE_BYTES_MAX: u32 = CHUNK_BYTES as u32;
@@ -285,6 +286,7 @@ impl TxInFlight {
 #[derive(Debug)]
 pub(super) struct Tx {
     pub vring: Vring,
+    lock: SourceLock,
     /// The chain at work: that of the frame that is held, while one is.
     chain: Vec<Segment>,
     /// The pieces of a long frame, cut to what descriptors take.
@@ -297,9 +299,10 @@ pub(super) struct Tx {
 }
 
 impl Tx {
-    pub fn new(vring: Vring) -> Self {
+    pub fn new(vring: Vring, lock: SourceLock) -> Self {
         Self {
             vring,
+            lock,
             chain: Vec::with_capacity(CHAIN_DESCS_MAX),
             cut: Vec::with_capacity(CHAIN_DESCS_MAX + LONG_PIECES_MAX),
             copy: Vec::with_capacity(LONG_PIECES_MAX),
@@ -403,7 +406,8 @@ impl Tx {
     /// Lengths, header included, that a buffer in one piece has to have for its frame to go out as it is.
     fn plain_lengths(&self, rules: &DriverRules) -> Range<u32> {
         // The first frame goes the other way, where it is looked at: a question less for each of the others.
-        if !self.vring.enabled || !rules.direct || rules.tx_pieces_max == 0 || self.vring.source.is_none() {
+        let is_looked_at = !self.lock.is_open() || self.vring.source.is_none();
+        if is_looked_at || !self.vring.enabled || !rules.direct || rules.tx_pieces_max == 0 {
             return 0..0;
         }
         let (shortest, longest) =
@@ -447,7 +451,7 @@ impl Tx {
         counts: &mut Counts,
     ) -> Option<u32> {
         self.vring.learn_source(&self.chain);
-        if !self.vring.offloads.is_none()
+        if (!self.vring.offloads.is_none() || !self.lock.is_open())
             && let Some(frames) = self.send_offloaded(taken, budget, xsk, flight, counts)
         {
             return Some(frames);

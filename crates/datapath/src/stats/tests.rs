@@ -40,6 +40,7 @@ fn test_names_are_in_step_with_the_variants() {
         UnknownAnswer: "unknown_answer",
         BadChecksumRequest: "bad_checksum_request",
         BadSegmentRequest: "bad_segment_request",
+        Spoofed: "spoofed",
     });
     assert_names!(Offload { Checksum: "checksum", Tso4: "tso4", Tso6: "tso6", Uso: "uso" });
 }

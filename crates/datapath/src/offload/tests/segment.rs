@@ -57,7 +57,7 @@ fn segments(request: &Request, header: [u8; 10], features: u64) -> Result<(Vec<V
         let headers = segmenter.make(|sum| sum.add_bytes(payload));
         made.push([headers, payload].concat());
         if segmenter.is_done() {
-            return Ok((made, segmenter.offload()));
+            return Ok((made, segmenter.offload().unwrap()));
         }
     }
 }
@@ -194,7 +194,9 @@ fn test_checksums_without_a_place_are_refused() {
             header[8..10].copy_from_slice(&offset.to_le_bytes());
         })
     };
-    assert_eq!(at(0, 0), None);
+    assert_eq!(at(0, 0), Some(DropReason::BadChecksumRequest), "in the addresses");
+    assert_eq!(at(13, 0), Some(DropReason::BadChecksumRequest), "in the Ethernet header");
+    assert_eq!(at(14, 0), None);
     assert_eq!(at(500, 10), None, "the last place");
     assert_eq!(at(500, 11), Some(DropReason::BadChecksumRequest), "beyond what is looked at");
     assert_eq!(at(u16::MAX, u16::MAX), Some(DropReason::BadChecksumRequest));

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use mpassthru_testing::driver::{RingLayout, Segment, SplitDriver};
 use mpassthru_testing::memory::GuestPhysAddr;
 
-use super::{Command, CommandQueue, EventQueue, PollMode, Pump, PumpView};
+use super::{Command, CommandQueue, EventQueue, PollMode, Pump, PumpView, SourceLock};
 use crate::fixture::{Guest, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, memfd};
 use crate::guest_memory::PAGE_BYTES;
 use crate::virtqueue::{InflightRecord, record_bytes};
@@ -89,7 +89,8 @@ impl Scene {
         kernel.ask_for_tx_wakeup(true);
 
         let (commands, events) = (Arc::new(CommandQueue::new().unwrap()), Arc::new(EventQueue::new().unwrap()));
-        let mut pump = Pump::new(0, PollMode::Adaptive, commands, events, Arc::new(PumpView::default()));
+        let mut pump =
+            Pump::new(0, PollMode::Adaptive, SourceLock::open(), commands, events, Arc::new(PumpView::default()));
         pump.flight.start(BindMode::Copy);
         pump.xsk = Some(xsk);
         pump.memory = Some(Arc::clone(&guest.memory));

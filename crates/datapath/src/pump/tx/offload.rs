@@ -1,4 +1,5 @@
-//! Frames of which the guest asks for a checksum, or that they be cut into segments: header-split.
+//! Frames of which the guest asks for a checksum, or that they be cut into segments, and all frames where their source is
+//! checked ([`SourceLock`](crate::pump::SourceLock)): header-split.
 //!
 //! Headers are made in a slot of our slab, payload stays in the guest's memory and goes out as further descriptors. Where
 //! it cannot, the segment is bounced.
@@ -8,9 +9,10 @@
 //! stops first, the head goes back to the avail ring, and the frame is sent once more, from its start.
 
 use super::{ETHERNET_HEADER_BYTES, LONG_PIECES_MAX, PIECE_BYTES_MAX, Tx, TxInFlight, gather, reason_to_bounce};
-use crate::guest_memory::{GuestMemory, Segment};
+use crate::guest_memory::Segment;
 use crate::offload::headers::{NET_HEADER_BYTES, NetHeader};
 use crate::offload::segment::Segmenter;
+use crate::pump::position::Position;
 use crate::stats::Counts;
 use crate::virtqueue::{CHAIN_DESCS_MAX, Taken};
 use crate::xsk::XskSocket;
@@ -45,8 +47,8 @@ impl Split {
 }
 
 impl Tx {
-    /// Begins with the frame in `self.chain`. Returns the number of frames sent or dropped; `None` if nothing is asked for
-    /// and it is to be sent as it is.
+    /// Begins with the frame in `self.chain`. Returns the number of frames sent or dropped; `None` if nothing is to be made
+    /// of it, and it is to be sent as it is.
     #[inline(never)]
     pub(super) fn send_offloaded(
         &mut self,
@@ -59,16 +61,22 @@ impl Tx {
         let memory = self.vring.queue.memory();
         let mut header = [0; NET_HEADER_BYTES];
         Position::default().read(&self.chain, memory, &mut header);
-        let header = NetHeader::parse(header);
+        let header = Some(NetHeader::parse(header));
+        let request = header.filter(|header| !self.vring.offloads.is_none() && !header.asks_for_nothing());
         let mut frame = Position::default();
         frame.skip(&self.chain, self.vring.header_len);
         let len = frame.bytes_behind(&self.chain);
-        if header.asks_for_nothing() || !self.vring.enabled || len < ETHERNET_HEADER_BYTES {
+        if request.is_none() && self.lock.is_open() || !self.vring.enabled || len < ETHERNET_HEADER_BYTES {
             return None;
         }
         let (segmenter, frame_max) = (&mut self.split.segmenter, xsk.rules.tx_frame_max);
         let read = |beginning: &mut [u8]| frame.read(&self.chain, memory, beginning);
-        if let Err(reason) = segmenter.begin(self.vring.offloads, &header, len, frame_max, read) {
+        let begun = match &request {
+            Some(request) => segmenter.begin(self.vring.offloads, request, len, frame_max, read),
+            None => segmenter.begin_as_is(len, frame_max, read),
+        };
+        // What is checked is the segmenter's copy, which is what every segment begins with.
+        if let Err(reason) = begun.and_then(|()| self.lock.check(segmenter.ethernet())) {
             counts.dropped(reason);
             self.vring.queue.push_used(taken.head, 0);
             return Some(1);
@@ -95,7 +103,9 @@ impl Tx {
             sent += 1;
             if self.split.segmenter.is_done() {
                 self.split.held = None;
-                counts.offloaded(self.split.segmenter.offload());
+                if let Some(offload) = self.split.segmenter.offload() {
+                    counts.offloaded(offload);
+                }
                 if let Some(head) = flight.let_go(held.sent) {
                     self.vring.queue.push_used(head, 0);
                 }
@@ -111,7 +121,7 @@ impl Tx {
         let len = headers + segmenter.next_payload();
         let mut behind = *position;
         pieces.clear();
-        behind.take(&self.chain, segmenter.next_payload(), pieces);
+        behind.take(&self.chain, segmenter.next_payload(), PIECE_BYTES_MAX, pieces);
         let memory = self.vring.queue.memory();
         match reason_to_bounce(&self.vring, pieces, 1, len, xsk, flight) {
             None => {
@@ -162,57 +172,5 @@ impl Tx {
             flight.disown(held.sent);
             self.vring.queue.untake(held.taken);
         }
-    }
-}
-
-/// A place in a chain.
-#[derive(Debug, Clone, Copy, Default)]
-struct Position {
-    piece: usize,
-    offset: u32,
-}
-
-impl Position {
-    /// Goes on by up to `bytes`, and calls `part` with each part of a piece that lies there.
-    fn walk(&mut self, chain: &[Segment], mut bytes: u32, mut part: impl FnMut(Segment)) {
-        while bytes > 0
-            && let Some(piece) = chain.get(self.piece)
-        {
-            let len = (piece.len - self.offset).min(bytes);
-            part(Segment { addr: piece.addr.plus(u64::from(self.offset)), len });
-            bytes -= len;
-            self.offset += len;
-            if self.offset == piece.len {
-                *self = Self { piece: self.piece + 1, offset: 0 };
-            }
-        }
-    }
-
-    fn skip(&mut self, chain: &[Segment], bytes: u32) {
-        self.walk(chain, bytes, |_| {});
-    }
-
-    /// Appends what lies in the next `bytes` to `pieces`, cut to what a descriptor takes.
-    fn take(&mut self, chain: &[Segment], bytes: u32, pieces: &mut Vec<Segment>) {
-        self.walk(chain, bytes, |mut part| {
-            while part.len > 0 {
-                pieces.push(part.take(PIECE_BYTES_MAX));
-            }
-        });
-    }
-
-    /// Copies what lies here; what the chain does not hold stays as it is.
-    fn read(mut self, chain: &[Segment], memory: &GuestMemory, into: &mut [u8]) {
-        let mut done = 0;
-        self.walk(chain, into.len() as u32, |part| {
-            let end = done + part.len as usize;
-            memory.read_bytes(part.addr, &mut into[done..end]);
-            done = end;
-        });
-    }
-
-    fn bytes_behind(self, chain: &[Segment]) -> u32 {
-        let pieces = chain.get(self.piece..).unwrap_or_default();
-        pieces.iter().fold(0u32, |sum, piece| sum.saturating_add(piece.len)).saturating_sub(self.offset)
     }
 }

@@ -4,7 +4,8 @@
 //! After every step: every head the device takes has a chain that an independent walk finds sound; a used entry names a
 //! head that the device has, once, with no more bytes than it holds; a fault has a broken ring behind it; no byte of
 //! guest memory has changed but in buffers that the device has, also when the NIC writes all that its rules let it; what
-//! the kernel may read lies in buffers that the device has; a wanted call was made. At the end everything is stopped:
+//! the kernel may read lies in buffers that the device has; a wanted call was made; where the source is locked, no frame
+//! that leaves has another. At the end everything is stopped:
 //! each head is used or given back by the base, nothing is left in flight, and the other end of a migration has all that
 //! was written. A case without an end is found by whoever runs it.
 //!
@@ -26,7 +27,7 @@ use arbitrary::{Result, Unstructured};
 
 use self::model::{Ring, Side};
 use self::world::{PLANS, World};
-use super::{Command, CommandQueue, Event, EventQueue, PollMode, Pump, PumpView};
+use super::{Command, CommandQueue, Event, EventQueue, PollMode, Pump, PumpView, SourceLock};
 use crate::fixture::was_signalled;
 use crate::guest_memory::GuestMemory;
 use crate::pump::vring::Vring;
@@ -53,10 +54,12 @@ pub fn racing_ring_case(bytes: &[u8]) {
 fn run(bytes: &[u8], racing: bool) {
     let mut bytes = Unstructured::new(bytes);
     // The large plan is for one case in sixteen.
-    let plan = [0, 1, 2, 3, 0, 2, 0, 3, 0, 2, 0, 0, 0, 2, 0, 3][usize::from(bytes.arbitrary::<u8>().unwrap_or(0) % 16)];
+    let choice = bytes.arbitrary::<u8>().unwrap_or(0);
+    let plan = [0, 1, 2, 3, 0, 2, 0, 3, 0, 2, 0, 0, 0, 2, 0, 3][usize::from(choice % 16)];
     // A panic leaves no world behind.
     let world = WORLDS.with_borrow_mut(|worlds| worlds[plan].take()).unwrap_or_else(|| World::new(PLANS[plan]));
-    let mut case = Case::new(world, bytes, racing);
+    let lock = if choice >> 6 == 1 { SourceLock::to(&[offload::SOURCE]) } else { SourceLock::open() };
+    let mut case = Case::new(world, bytes, lock, racing);
     let stop = AtomicBool::new(!racing);
     let memory = Arc::clone(case.world.memory());
     let world = std::thread::scope(|scope| {
@@ -99,10 +102,10 @@ struct Case<'a> {
 }
 
 impl<'a> Case<'a> {
-    fn new(world: World, bytes: Unstructured<'a>, racing: bool) -> Self {
+    fn new(world: World, bytes: Unstructured<'a>, lock: SourceLock, racing: bool) -> Self {
         let (commands, events) = (CommandQueue::new().expect("an eventfd"), EventQueue::new().expect("an eventfd"));
         let view = Arc::new(PumpView::default());
-        let mut pump = Pump::new(0, PollMode::Adaptive, Arc::new(commands), Arc::new(events), view);
+        let mut pump = Pump::new(0, PollMode::Adaptive, lock, Arc::new(commands), Arc::new(events), view);
         // The model kernel completes nothing by itself.
         pump.drain_deadline = Duration::ZERO;
         // Nothing is to depend on how long a case takes.

@@ -8,6 +8,8 @@ const NEEDS_CSUM: u8 = 1;
 const GSO_TYPES: [u8; 6] = [0, 1, 4, 5, 0x81, 3];
 /// Payload of a segment: one byte, a few, as Ethernet has it, more than a frame may have.
 const SIZES: [u16; 8] = [1, 7, 100, 536, 1448, 1460, 4000, 0];
+/// The source of most frames: what a lock allows.
+pub(super) const SOURCE: [u8; 6] = [2; 6];
 const PROTOCOL_TCP: u8 = 6;
 const PROTOCOL_UDP: u8 = 17;
 
@@ -47,7 +49,7 @@ impl Case<'_> {
     /// Ethernet, tags, IP and transport header, without lengths and checksums.
     fn headers(&mut self, is_ipv4: bool, is_tcp: bool) -> Result<Vec<u8>> {
         let shape = self.byte()?;
-        let mut bytes = vec![2; 12];
+        let mut bytes = [SOURCE; 2].concat();
         for _ in 0..shape % 4 {
             bytes.extend([0x81, 0, 0, 7]);
         }

@@ -451,7 +451,9 @@ impl Case<'_> {
                 if sending == 0 {
                     break;
                 }
-                case.world.kernel.complete(index % sending);
+                let frame = case.world.kernel.complete(index % sending);
+                let source = frame[6..12].try_into().expect("a frame has an Ethernet header");
+                assert!(case.pump.lock.allows(source), "a frame left with the source {source:02x?}");
             }
         });
         Ok(())

@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 use super::{BUFFER_BYTES, BUFFERS_AT, Bench, Command, Error, GuestPhysAddr, PollMode, refused};
 use crate::fd::EventFd;
 use crate::fixture::was_signalled;
-use crate::pump::MacAddress;
+use crate::pump::{MacAddress, SourceLock};
 use crate::stats::DropReason;
 use crate::xsk::FRAME_BYTES_MAX;
 
@@ -150,19 +150,40 @@ fn test_what_a_closed_socket_had_can_be_given_back_while_queues_run() {
     bench.stop(true);
 }
 
+/// The guest sends a frame from `source`; what its address is known to be then.
+fn send(bench: &mut Bench, source: MacAddress) -> Option<MacAddress> {
+    let frame = [[0; 12].as_slice(), &[0xff; 6], &source].concat();
+    bench.guest.vmm.write(GuestPhysAddr(BUFFERS_AT + BUFFER_BYTES), &frame).unwrap();
+    bench.post(true, 1, 72);
+    bench.pump.work();
+    bench.pump.publish();
+    bench.pump.view.guest_address()
+}
+
+#[test]
+fn test_a_guest_whose_source_is_locked_is_announced_by_no_other() {
+    let (mine, other) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+    let mut bench = Bench::new(PollMode::Interrupt);
+    bench.pump.lock = SourceLock::to(&[mine]);
+    let mut kernel = bench.attach();
+    bench.start(true);
+    assert_eq!(send(&mut bench, other), None);
+    let mut inject = |source| {
+        let frame = [&[0xff; 6], &source, [0x55; 48].as_slice()].concat();
+        bench.pump.execute(Command::Inject { frame })
+    };
+    assert_eq!(refused(inject(other)), "cannot send a frame from an address that the guest may not have");
+    assert_eq!(inject(mine).unwrap(), 0);
+    assert_eq!(bench.pump.tx_counts.dropped[DropReason::Spoofed as usize], 2);
+    kernel.send(usize::MAX);
+    assert_eq!((kernel.sending(), kernel.complete(0)[6..12].to_vec()), (1, mine.to_vec()));
+}
+
 #[test]
 fn test_the_guests_address_is_that_of_its_first_frame() {
     let mut bench = Bench::new(PollMode::Interrupt);
     let mut _kernel = bench.attach();
     bench.start(true);
-    let send = |bench: &mut Bench, source: MacAddress| {
-        let frame = [[0; 12].as_slice(), &[0xff; 6], &source].concat();
-        bench.guest.vmm.write(GuestPhysAddr(BUFFERS_AT + BUFFER_BYTES), &frame).unwrap();
-        bench.post(true, 1, 72);
-        bench.pump.work();
-        bench.pump.publish();
-        bench.pump.view.guest_address()
-    };
     assert_eq!(send(&mut bench, [2, 0, 0, 0, 0, 1]), Some([2, 0, 0, 0, 0, 1]));
     assert_eq!(send(&mut bench, [2, 0, 0, 0, 0, 2]), Some([2, 0, 0, 0, 0, 1]));
     for source in [[0; 6], [3, 0, 0, 0, 0, 1]] {

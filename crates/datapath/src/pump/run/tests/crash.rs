@@ -1,7 +1,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use super::{Bench, Command, PollMode, Pump, QUEUE_SIZE};
+use super::{Bench, Command, PollMode, Pump, QUEUE_SIZE, SourceLock};
 use crate::fixture::{PACKED_START, memfd, split, was_signalled};
 use crate::pump::VringConfig;
 use crate::virtqueue::{InflightRecord, record_bytes};
@@ -47,7 +47,7 @@ impl Machine {
     fn crash(&mut self) -> [u64; 2] {
         let (commands, events, view) =
             (self.bench.commands.clone(), self.bench.events.clone(), self.bench.pump.view.clone());
-        self.bench.pump = Pump::new(0, PollMode::Interrupt, commands, events, view);
+        self.bench.pump = Pump::new(0, PollMode::Interrupt, SourceLock::open(), commands, events, view);
         self.kernel = self.bench.attach();
         self.start()
     }
@@ -145,7 +145,7 @@ fn test_heads_that_nobody_took_again_before_the_stop_are_given_back_too() {
         assert_eq!(machine.bench.take(true), 1);
 
         let (commands, events) = (machine.bench.commands.clone(), machine.bench.events.clone());
-        machine.bench.pump = Pump::new(0, PollMode::Interrupt, commands, events, Arc::default());
+        machine.bench.pump = Pump::new(0, PollMode::Interrupt, SourceLock::open(), commands, events, Arc::default());
         assert_eq!(machine.start()[1], 2, "without a socket nothing is taken");
         assert_eq!(machine.stop(true), 2, "the last one stays in the ring");
         assert_eq!(machine.outstanding(), [0, 1]);

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use mpassthru_testing::driver::{QueueDriver, RingLayout, Segment};
 use mpassthru_testing::memory::GuestPhysAddr;
 
-use super::{Command, CommandQueue, Event, EventQueue, PollMode, Pump, PumpView};
+use super::{Command, CommandQueue, Event, EventQueue, PollMode, Pump, PumpView, SourceLock};
 use crate::error::Error;
 use crate::fixture::{
     Guest, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX,
@@ -63,7 +63,7 @@ impl Bench {
     fn with(guest: Guest, poll: PollMode, features: u64) -> Self {
         let (commands, events) = (Arc::new(CommandQueue::new().unwrap()), Arc::new(EventQueue::new().unwrap()));
         let view = Arc::new(PumpView::default());
-        let pump = Pump::new(0, poll, Arc::clone(&commands), Arc::clone(&events), view);
+        let pump = Pump::new(0, poll, SourceLock::open(), Arc::clone(&commands), Arc::clone(&events), view);
         let packed = features & VIRTIO_F_RING_PACKED != 0;
         let drivers = RINGS.map(|layout| QueueDriver::new(&guest.vmm, layout, true, packed).unwrap());
         Self { guest, pump, commands, events, drivers, features }

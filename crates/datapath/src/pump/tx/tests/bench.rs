@@ -4,12 +4,15 @@
 //! with the wrong bytes, for the kernel reads them as late as it may.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use mpassthru_testing::driver::{IndirectTables, QueueDriver, RingLayout, Segment};
 use mpassthru_testing::memory::GuestPhysAddr;
 
 use super::super::{Tx, TxInFlight};
 use crate::fixture::{Guest, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
+use crate::guest_memory::{GuestMemory, UmemAddr};
+use crate::pump::SourceLock;
 use crate::pump::vring::Vring;
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::xsk::test_kernel::TestKernel;
@@ -54,6 +57,7 @@ pub struct Bench {
     layout: RingLayout,
     features: u64,
     mode: BindMode,
+    lock: SourceLock,
     slot_bytes: u64,
     pub driver: QueueDriver,
     pub tx: Tx,
@@ -85,7 +89,15 @@ impl Bench {
         self.driver = QueueDriver::new(&self.guest.vmm, self.layout, false, packed).unwrap();
         self.driver.use_indirect_tables(TABLES).unwrap();
         let config = self.guest.vring_config(&self.layout, self.features);
-        self.tx = Tx::new(Vring::new(self.guest.memory.clone(), config).unwrap());
+        self.tx = Tx::new(Vring::new(self.guest.memory.clone(), config).unwrap(), self.lock.clone());
+        self
+    }
+
+    /// With the guest's source address locked to these.
+    pub fn locked(mut self, sources: &[[u8; 6]]) -> Self {
+        self.lock = SourceLock::to(sources);
+        let config = self.guest.vring_config(&self.layout, self.features);
+        self.tx = Tx::new(Vring::new(self.guest.memory.clone(), config).unwrap(), self.lock.clone());
         self
     }
 
@@ -103,7 +115,7 @@ impl Bench {
         let mut driver = QueueDriver::new(&guest.vmm, layout, false, false).unwrap();
         driver.use_indirect_tables(TABLES).unwrap();
         let config = guest.vring_config(&layout, features);
-        let tx = Tx::new(Vring::new(guest.memory.clone(), config).unwrap());
+        let tx = Tx::new(Vring::new(guest.memory.clone(), config).unwrap(), SourceLock::open());
         let umem = UmemLayout::for_frames(FRAME_MAX).unwrap();
         let (kernel, xsk) = TestKernel::bind_for(frame_max, &guest.memory, umem, mode);
         let mut flight = TxInFlight::new(0);
@@ -113,6 +125,7 @@ impl Bench {
             layout,
             features,
             mode,
+            lock: SourceLock::open(),
             slot_bytes,
             driver,
             tx,
@@ -187,6 +200,22 @@ impl Bench {
         self.posted.insert(head, (slot, pieces));
         self.driver.publish();
         true
+    }
+
+    /// The guest changes the first bytes of all frames that it has posted, behind the virtio-net header.
+    pub fn rewrite(&self, bytes: &[u8]) {
+        for (_, pieces) in self.posted.values() {
+            let mut at =
+                pieces.iter().flat_map(|piece| (0..u64::from(piece.len)).map(|i| piece.address.plus(i))).skip(12);
+            for byte in bytes {
+                self.guest.vmm.write(at.next().unwrap(), &[*byte]).unwrap();
+            }
+        }
+    }
+
+    /// The memory of the frame that is posted next.
+    pub fn next_slot(&self) -> (Arc<GuestMemory>, UmemAddr) {
+        (self.guest.memory.clone(), self.guest.umem(*self.free_slots.last().unwrap()))
     }
 
     fn read(&self, pieces: &[Segment]) -> Vec<u8> {
@@ -286,7 +315,7 @@ impl Bench {
         let mut config = self.guest.vring_config(&self.layout, self.features);
         config.queue.base = self.tx.vring.queue.base();
         config.enabled = self.tx.vring.enabled;
-        self.tx = Tx::new(Vring::new(self.guest.memory.clone(), config).unwrap());
+        self.tx = Tx::new(Vring::new(self.guest.memory.clone(), config).unwrap(), self.lock.clone());
     }
 
     pub fn dropped(&self, reason: DropReason) -> u64 {

@@ -4,5 +4,6 @@ mod bench;
 mod bursts;
 mod completions;
 mod offload;
+mod source_lock;
 mod verdicts;
 mod wakeups;
