@@ -178,7 +178,8 @@ impl Engine {
     pub fn attach_socket(&self, pair: usize, socket: RawFd, params: SocketParams) -> Result<u64, Error> {
         let memory = self.mapped()?;
         let socket = duplicate(socket)?;
-        let largest = self.pumps.iter().filter_map(|pump| pump.view.shared_umem()).max_by_key(|umem| umem.end);
+        let umems = self.pumps.iter().filter_map(|pump| pump.view.shared_umem());
+        let largest = umems.filter(|umem| umem.serves(&params)).max_by_key(|umem| umem.end);
         let umem = largest.map_or(Umem::New, Umem::Of);
         self.submit(pair, Command::Attach { socket, memory, umem, params })
     }

@@ -19,6 +19,8 @@ use crate::virtqueue::{Logged, PackedQueue, QueueConfig, SplitQueue, WriteLog};
 /// The ring base of a packed virtqueue that nobody has used yet.
 pub const PACKED_START: u32 = 0x8000_8000;
 
+pub const VIRTIO_NET_F_CSUM: u64 = 1;
+pub const VIRTIO_NET_F_HOST_TSO4: u64 = 1 << 11;
 pub const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
 pub const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
 pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;

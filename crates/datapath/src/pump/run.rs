@@ -252,10 +252,11 @@ impl Pump {
         moved
     }
 
-    /// Drops what the guest has waited too long with. Returns the number of heads used.
+    /// Drops what the guest has waited too long with. Returns the number of heads used. Not before a frame that is held is
+    /// given up ([`reclaim`](Self::reclaim)): it goes back to the avail ring as the one that was taken last.
     #[cold]
     fn discard_unsent(&mut self) -> u32 {
-        let Some(tx) = self.tx.as_mut().filter(|tx| tx.vring.runs()) else { return 0 };
+        let Some(tx) = self.tx.as_mut().filter(|tx| tx.vring.runs() && !tx.holds()) else { return 0 };
         let since = *self.unsent_since.get_or_insert_with(Instant::now);
         if since.elapsed() < self.unsent_patience {
             return 0;
@@ -276,9 +277,9 @@ impl Pump {
         self.xsk.is_some() || self.packet.is_some()
     }
 
-    /// How long frames without a socket may still wait; `None` if there is one, or no tx queue.
+    /// How long frames without a socket may still wait; `None` if there is one, or no tx queue that may drop them.
     fn patience_left(&self) -> Option<Duration> {
-        let since = self.unsent_since.filter(|_| self.tx.is_some())?;
+        let since = self.unsent_since.filter(|_| self.tx.as_ref().is_some_and(|tx| !tx.holds()))?;
         Some(self.unsent_patience.saturating_sub(since.elapsed()))
     }
 

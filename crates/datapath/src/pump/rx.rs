@@ -391,14 +391,10 @@ impl Rx {
     #[cold]
     fn log_posted(&self, fill: UmemAddr, header: UmemAddr) {
         let Some((layout, rules)) = self.socket else { return };
-        let (frame, header_len) = (fill.plus(layout.frame_offset()), u64::from(self.vring.header_len));
-        let end = rules.written_end(frame);
-        if header.plus(header_len) == frame {
-            self.vring.queue.log_buffer(header, end.0 - header.0);
-        } else {
-            self.vring.queue.log_buffer(header, header_len);
-            self.vring.queue.log_buffer(frame, end.0 - frame.0);
-        }
+        let frame = fill.plus(layout.frame_offset());
+        // Apart, even where they are neighbours in the UMEM: the regions that they lie in need not be in the guest.
+        self.vring.queue.log_buffer(header, u64::from(self.vring.header_len));
+        self.vring.queue.log_buffer(frame, rules.written_end(frame).0 - frame.0);
     }
 
     /// Gives every head back to the guest. The socket is closed: nothing can arrive any more.

@@ -56,19 +56,38 @@ pub struct SocketParams {
     pub zero_copy_rules: Option<DriverRules>,
 }
 
+impl SocketParams {
+    /// Whether frames may arrive in several pieces.
+    fn is_multi_buffer(&self) -> bool {
+        self.frame_max > self.layout.frame_max
+    }
+}
+
 /// A socket's descriptor where other threads may look at it: statistics, and other sockets that share its UMEM.
 /// `None` once closed.
 pub type SharedFd = Arc<Mutex<Option<OwnedFd>>>;
 
-/// A UMEM that another socket may share.
+/// A UMEM that another socket may share, if it is to be bound in the same way: it gets all of this with it.
 #[derive(Debug, Clone)]
 pub struct SharedUmem {
     /// A socket that has it.
     pub socket: SharedFd,
+    /// Where the kernel writes in a chunk.
+    pub layout: UmemLayout,
+    /// Who moves the bytes.
+    pub mode: BindMode,
     /// All guest memory below this address is in it.
     pub end: UmemAddr,
     /// Frames may arrive in several pieces, on all sockets that have it.
     pub multi_buffer: bool,
+}
+
+impl SharedUmem {
+    /// Whether a socket with these parameters may have it. With another layout, frames would land before or behind the
+    /// places that were kept for them, in other memory of the guest.
+    pub fn serves(&self, params: &SocketParams) -> bool {
+        (self.layout, self.mode, self.multi_buffer) == (params.layout, params.mode, params.is_multi_buffer())
+    }
 }
 
 /// Where a socket's UMEM comes from.
@@ -164,6 +183,11 @@ impl XskSocket {
                 until(deadline, libc::ENOBUFS, || register_umem(&fd, memory, params.layout).map_err(Error::from))?;
                 memory.end()
             }
+            Umem::Of(shared) if !shared.serves(params) => {
+                return Err(Error::Refused(
+                    "another socket's UMEM is of another layout or mode; make a new one".into(),
+                ));
+            }
             Umem::Registered { end } | Umem::Of(SharedUmem { end, .. }) => *end,
         };
         let rx_descs = params.zero_copy_rules.map_or(RX_RING_DESCS, |rules| rules.rx_ring_descs());
@@ -232,7 +256,13 @@ impl XskSocket {
 
     /// The descriptor, for statistics, and the UMEM, for sockets that share it.
     pub fn shared_umem(&self) -> SharedUmem {
-        SharedUmem { socket: Arc::clone(&self.fd.0), end: self.umem_end, multi_buffer: self.is_multi_buffer() }
+        SharedUmem {
+            socket: Arc::clone(&self.fd.0),
+            layout: self.layout,
+            mode: self.mode,
+            end: self.umem_end,
+            multi_buffer: self.is_multi_buffer(),
+        }
     }
 
     /// Room in the fill ring, at least `wanted` if there is that much.
@@ -422,7 +452,7 @@ fn bind_queue(fd: RawFd, umem: &Umem, params: &SocketParams) -> Result<(), Error
         None => None,
     };
     let mode = match params.mode {
-        BindMode::Copy if params.frame_max > params.layout.frame_max => libc::XDP_COPY | libc::XDP_USE_SG,
+        BindMode::Copy if params.is_multi_buffer() => libc::XDP_COPY | libc::XDP_USE_SG,
         BindMode::Copy => libc::XDP_COPY,
         // Never with XDP_USE_SG: drivers keep their own bookkeeping of a frame's pieces inside the first one, which is guest
         // memory (kernel-facts, section 5.4).

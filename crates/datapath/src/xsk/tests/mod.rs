@@ -3,3 +3,4 @@
 mod layout;
 mod rings;
 mod rules;
+mod sharing;

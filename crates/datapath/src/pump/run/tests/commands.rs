@@ -1,8 +1,11 @@
 use std::time::{Duration, Instant};
 
-use super::{BUFFER_BYTES, BUFFERS_AT, Bench, Command, Error, GuestPhysAddr, PollMode, refused};
+use super::{
+    BUFFER_BYTES, BUFFERS_AT, Bench, Command, Error, FEATURES, Guest, GuestPhysAddr, PollMode, Segment, refused,
+};
 use crate::fd::EventFd;
-use crate::fixture::was_signalled;
+use crate::fixture::{VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, was_signalled};
+use crate::offload::tests::packet::{Ip, NEEDS_CSUM, Packet, Transport, net_header};
 use crate::pump::{MacAddress, SourceLock};
 use crate::stats::DropReason;
 use crate::xsk::FRAME_BYTES_MAX;
@@ -101,6 +104,48 @@ fn test_what_waits_for_a_socket_keeps_nobody_awake_and_is_lost_in_the_end() {
     assert_eq!(bench.pump.tx_counts.dropped[DropReason::Disabled as usize], 2);
     assert!(!bench.pump.arm(true));
     assert_eq!((bench.pump.timeout(), bench.take(false)), (None, 0));
+}
+
+/// A frame of 100 segments, of which a burst sends 64: the rest is held.
+fn post_large(bench: &mut Bench) {
+    let packet = Packet {
+        vlans: vec![],
+        ip: Ip::V4 { id: 1, options: vec![] },
+        transport: Transport::Tcp { sequence: 1, flags: 0x10, options: vec![] },
+        payload: vec![7; 800],
+    };
+    let request = packet.request();
+    let mut bytes = net_header(NEEDS_CSUM, packet.gso_type(), 8, &request).to_vec();
+    bytes.resize(12, 0);
+    bytes.extend(&request.frame);
+    let at = GuestPhysAddr(BUFFERS_AT + 20 * BUFFER_BYTES);
+    bench.guest.vmm.write(at, &bytes).unwrap();
+    bench.drivers[1].add(&[Segment::readable(at, bytes.len() as u32)]).unwrap();
+    bench.drivers[1].publish();
+}
+
+#[test]
+fn test_what_waits_behind_a_frame_of_which_a_part_is_sent_is_not_lost_before_that_is_given_up() {
+    for packed in [0, VIRTIO_F_RING_PACKED] {
+        let features = FEATURES | VIRTIO_NET_F_CSUM | VIRTIO_NET_F_HOST_TSO4 | packed;
+        let mut bench = Bench::with(Guest::of_pages(64), PollMode::Interrupt, features);
+        let kernel = bench.attach();
+        bench.start(true);
+        post_large(&mut bench);
+        bench.post(true, 3, 72);
+        bench.pump.work();
+        assert!(bench.pump.tx.as_ref().unwrap().holds());
+        bench.pump.drain_deadline = Duration::ZERO;
+        bench.pump.unsent_patience = Duration::ZERO;
+        bench.pump.execute(Command::Detach).unwrap();
+        drop(kernel);
+        assert_eq!((bench.pump.work(), bench.take(true)), (0, 0), "a NIC may still read it");
+        assert!(!bench.pump.arm(true), "there is nothing to do but to wait");
+        assert_eq!(bench.pump.timeout(), None);
+        bench.pump.execute(Command::Reclaim).unwrap();
+        assert_eq!((bench.pump.work(), bench.take(true)), (4, 4));
+        bench.stop(true);
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use mpassthru_testing::driver::{IndirectTables, QueueDriver, RingLayout, Segment, Used};
-use mpassthru_testing::memory::GuestPhysAddr;
+use mpassthru_testing::memory::{GuestPhysAddr, RegionConfig};
 
 use super::super::Rx;
 use crate::fixture::{Guest, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF};
@@ -19,6 +19,7 @@ use crate::xsk::{BindMode, UmemLayout, XskSocket};
 pub const QUEUE_SIZE: u16 = 64;
 const SLOT_BYTES: u64 = 8192;
 const SLOTS_AT: u64 = 0x1_0000;
+pub const MEMORY_END: u64 = SLOTS_AT + SLOT_BYTES * QUEUE_SIZE as u64;
 const TABLES: IndirectTables = IndirectTables { start: GuestPhysAddr(0x4000), entries: 16 };
 const GUARD: u8 = 0xa5;
 
@@ -62,7 +63,12 @@ impl Bench {
 
     /// With these features.
     pub fn of(features: u64, frame_max: u32) -> Self {
-        let guest = Guest::of_pages((SLOTS_AT + SLOT_BYTES * u64::from(QUEUE_SIZE)) / 4096);
+        Self::over(&Guest::new(&[RegionConfig::memfd(0, MEMORY_END)]), features, frame_max)
+    }
+
+    /// In this guest, whose memory from 0 to [`MEMORY_END`] is rings and slots.
+    pub fn over(guest: &Guest, features: u64, frame_max: u32) -> Self {
+        let guest = guest.clone();
         let layout = RingLayout::contiguous(GuestPhysAddr(0), QUEUE_SIZE);
         let packed = features & VIRTIO_F_RING_PACKED != 0;
         let mut driver = QueueDriver::new(&guest.vmm, layout, false, packed).unwrap();

@@ -1,7 +1,10 @@
 use std::sync::Arc;
 
-use super::bench::Bench;
-use crate::fixture::{dirty_log, marked, write_log};
+use mpassthru_testing::driver::Segment;
+use mpassthru_testing::memory::{GuestPhysAddr, RegionConfig};
+
+use super::bench::{Bench, MEMORY_END};
+use crate::fixture::{Guest, VIRTIO_F_VERSION_1, dirty_log, marked, write_log};
 use crate::guest_memory::DirtyLog;
 
 const PAGES: u64 = 256;
@@ -40,6 +43,23 @@ fn test_a_header_of_its_own_is_marked_too() {
     bench.receive(60, 0);
     bench.burst();
     assert_eq!(buffers(&log), [slot, slot + 1]);
+}
+
+#[test]
+fn test_a_header_at_the_end_of_a_region_and_a_frame_at_the_start_of_the_next_are_marked_where_they_are() {
+    let far = 0x1000_0000;
+    let guest = Guest::new(&[RegionConfig::memfd(0, MEMORY_END), RegionConfig::memfd(far, 4096)]);
+    let mut bench = Bench::over(&guest, VIRTIO_F_VERSION_1, 1524);
+    let log = dirty_log(far + 4096);
+    bench.rx.vring.queue.set_log(Some(write_log(&log, 0)));
+    let header = Segment::writable(GuestPhysAddr(MEMORY_END - 12), 12);
+    bench.driver.add(&[header, Segment::writable(GuestPhysAddr(far), 1600)]).unwrap();
+    bench.driver.publish();
+    bench.settle_down();
+    bench.receive(60, 0);
+    bench.burst();
+    let last_page = (MEMORY_END - 1) / 4096;
+    assert_eq!(marked(&log, far / 4096 + 1), [0, last_page, far / 4096], "the used ring, the header, the frame");
 }
 
 #[test]
