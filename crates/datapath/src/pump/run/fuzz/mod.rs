@@ -60,6 +60,8 @@ fn run(bytes: &[u8], racing: bool) {
     let world = WORLDS.with_borrow_mut(|worlds| worlds[plan].take()).unwrap_or_else(|| World::new(PLANS[plan]));
     let lock = if choice >> 6 == 1 { SourceLock::to(&[offload::SOURCE]) } else { SourceLock::open() };
     let mut case = Case::new(world, bytes, lock, racing);
+    // Never or at once: nothing is to depend on how long a case takes.
+    case.pump.unsent_patience = if choice >> 5 & 1 == 1 { Duration::ZERO } else { Duration::MAX };
     let stop = AtomicBool::new(!racing);
     let memory = Arc::clone(case.world.memory());
     let world = std::thread::scope(|scope| {
@@ -108,8 +110,6 @@ impl<'a> Case<'a> {
         let mut pump = Pump::new(0, PollMode::Adaptive, lock, Arc::new(commands), Arc::new(events), view);
         // The model kernel completes nothing by itself.
         pump.drain_deadline = Duration::ZERO;
-        // Nothing is to depend on how long a case takes.
-        pump.unsent_patience = Duration::MAX;
         Self { world, pump, bytes, sides: Default::default(), exact: !racing, racing, last_address: 0 }
     }
 
