@@ -47,7 +47,7 @@ test-unit: setup ## Unit tests, Rust then Python; these without any capability
 	    '$(UNPRIVILEGED) $(PYTEST) -q tests/unit'
 
 test-netns: setup ## AF_XDP over veth in network namespaces (root)
-	@$(PYTEST) -q --report build/reports/$@.json tests/netns
+	@$(PYTEST) -q -n 2 --report build/reports/$@.json tests/netns
 
 test-guest: setup ## A Linux guest in QEMU (root)
 	@tools/guest-kernel >/dev/null

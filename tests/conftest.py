@@ -70,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     path: Path | None = config.getoption("--report")
-    if path is not None:
+    if path is not None and not hasattr(config, "workerinput"):  # of several processes (xdist), the first hears all
         config.pluginmanager.register(Report(path), "mpassthru-report")
 
 

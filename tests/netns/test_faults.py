@@ -27,7 +27,7 @@ from mpassthru.testing.netns import Namespace, veth_namespace
 
 Choose = Callable[[list[Fault]], list[Fault]]
 
-SHORT_FAULTS = 40
+SHORT_FAULTS = 24
 OCCURRENCES_MAX = 4
 """Of one kind of call: the fifth time is like the fourth."""
 AT_ONCE = 2
