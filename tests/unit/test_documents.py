@@ -15,7 +15,19 @@ ROOT = Path(__file__).parents[2]
 REASONS = re.findall(r'=> "(\w+)",', (ROOT / "crates/datapath/src/stats.rs").read_text())
 COUNTERS = (ROOT / "bpf/steer.bpf.c").read_text().partition("struct queue_counters {")[2].partition("}")[0]
 STEERING = re.findall(r"__u64 (\w+);", COUNTERS)
-PORT = ["interface", "binding", "link", "guest", "mode", "sessions", "faults", "worker_restarts", "troubles", "final"]
+PORT = [
+    "interface",
+    "binding",
+    "link",
+    "filter",
+    "guest",
+    "mode",
+    "sessions",
+    "faults",
+    "worker_restarts",
+    "troubles",
+    "final",
+]
 
 
 def test_reasons_are_found_in_the_source() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from typing import Any, Final
 from mpassthru.broker.binding import TakenInterface, fit_interface, take
 from mpassthru.broker.command_socket import CommandSocket
 from mpassthru.broker.endpoint import ConnectingEndpoint, Endpoint, InheritedEndpoint, ListeningEndpoint
+from mpassthru.broker.guest_filter import GuestFilter
 from mpassthru.broker.hints import FrontendWatch
 from mpassthru.broker.keeper import Keeper
 from mpassthru.broker.mode import refuse_packet_options
 from mpassthru.broker.options import AttachOptions, View
 from mpassthru.broker.packet import create_packet_socket
 from mpassthru.broker.port import Port
+from mpassthru.broker.qemu_follower import QemuFollower
 from mpassthru.broker.status import AttachReport
 from mpassthru.broker.tx_offloads import offers_tx_offloads
 from mpassthru.broker.worker_user import worker_ids
@@ -43,6 +46,7 @@ class Attached:
     endpoint: Endpoint
     configuration: Configure
     memory: LockedMemory
+    guest_filter: GuestFilter
 
 
 async def attach(options: AttachOptions, view: View, recipe: Callable[[int], str]) -> tuple[AttachReport, bool]:
@@ -74,16 +78,40 @@ async def attach(options: AttachOptions, view: View, recipe: Callable[[int], str
                 stopping=stopping,
                 new_socket=create_packet_socket if options.mode == "packet" else create_socket,
             )
+            follower = follow_qemu(options, port, ready.guest_filter)
+            keeper = Keeper(
+                options,
+                port,
+                ready.taken,
+                on_moved=ready.memory.move,
+                take=functools.partial(take, guest_filter=ready.guest_filter),
+            )
             with (
-                contextlib.closing(Keeper(options, port, ready.taken, on_moved=ready.memory.move)) as keeper,
+                contextlib.closing(keeper),
                 open_command_socket(options, port, keeper, view) as commands,
             ):
                 view.say(recipe(ready.taken.interface.mtu_bytes))
                 await keeper.start()
                 beside = [keeper.run(), _show(port, view, options.interval_s), _hint(ready.endpoint, port, view)]
-                await _run(port, beside if commands is None else [*beside, commands.serve()])
+                beside += [commands.serve()] if commands is not None else []
+                beside += [follower.run()] if follower is not None else []
+                await _run(port, beside)
                 port.status.steering = port.read_steering()
             return port.status.report(ended=True), not port.failed
+
+
+def follow_qemu(options: AttachOptions, port: Port, guest_filter: GuestFilter) -> QemuFollower | None:
+    """Who follows the guest through QEMU's monitor, if that was asked for."""
+    if options.qmp is None:
+        return None
+    return QemuFollower(
+        options.qmp.path,
+        guest_filter,
+        port.status,
+        port.say,
+        socket_path=options.socket_path or options.connect_path,
+        nic=options.qmp.nic,
+    )
 
 
 async def _run(port: Port, beside: Sequence[Coroutine[Any, Any, None]]) -> None:
@@ -124,7 +152,8 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
         memory = undo.enter_context(open_accounts(options, view))
         endpoint = open_endpoint(options, view)
         undo.callback(endpoint.close)
-        taken = await take(interface, options, FIRST_BINDING, view)
+        guest_filter = GuestFilter(options.steer, follows=options.qmp is not None)
+        taken = await take(interface, options, FIRST_BINDING, view, guest_filter=guest_filter)
         undo.callback(taken.close)
         rules = taken.binding.zero_copy_rules
         if options.mode != "packet":
@@ -140,7 +169,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
             uid=uid,
             gid=gid,
         )
-        yield Attached(taken, endpoint, configuration, memory)
+        yield Attached(taken, endpoint, configuration, memory, guest_filter)
 
 
 def refuse_without_privilege() -> None:

@@ -163,7 +163,9 @@ async def fit_interface(name: str, queue_ids: tuple[int, ...], *, find: Find = f
             return interface
 
 
-async def take(interface: Interface, options: AttachOptions, serial: int, view: Say) -> TakenInterface:
+async def take(
+    interface: Interface, options: AttachOptions, serial: int, view: Say, *, guest_filter: GuestFilter
+) -> TakenInterface:
     """Take what a port needs of an interface that is fit: the XDP hook, a place in its address filter, a mode.
 
     Args:
@@ -171,6 +173,7 @@ async def take(interface: Interface, options: AttachOptions, serial: int, view: 
         options: What the user asked for; of it counts all but the interface and what front-ends and workers need.
         serial: Number of the binding, none that was there before.
         view: Told what was chosen, and what to look out for.
+        guest_filter: Of the port.
 
     Raises:
         RefusedError: a mode that was forced cannot be had; nothing was changed.
@@ -194,7 +197,7 @@ async def take(interface: Interface, options: AttachOptions, serial: int, view: 
             for queue_id in queue_ids:
                 program.steer_queue(queue_id, steer=options.steer.kind)
             steering = program
-        undo.enter_context(GuestFilter(options.steer).applied_to(interface, program))
+        undo.enter_context(guest_filter.applied_to(interface, program))
         if xdp_mode != "no":
             attached = await read_link(interface.name, interface.ifindex)
             program_id = attached.xdp_program_id if attached else None

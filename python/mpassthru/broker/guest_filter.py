@@ -16,7 +16,7 @@ import msgspec
 
 from mpassthru.broker.address_filter import AddressFilter
 from mpassthru.netdev import Interface, read_address
-from mpassthru.steering import EVERYTHING, Filter
+from mpassthru.steering import EVERYTHING, NOTHING, Filter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +36,29 @@ class Program(Protocol):
 
 
 class GuestFilter:
-    """Keeps NIC and program of one interface at a time at what the guest is to get.
+    """Keeps NIC and program of a port's interface at what the guest is to get; of two while the port moves.
 
     Args:
         steer: What the options allow.
+        follows: Somebody will say what the guest asks for; until then it gets what was given to it by address alone.
     """
 
-    def __init__(self, steer: Steer) -> None:
+    def __init__(self, steer: Steer, *, follows: bool = False) -> None:
         self._steer = steer
+        unknown = follows and steer.kind == "mac" and steer.allowed.unicast is None
+        self._interfaces: list[_Interface] = []
+        self.in_force = NOTHING if unknown else steer.allowed
+        """What the guest gets, or will get on an interface."""
+
+    def ask(self, asked: Filter) -> None:
+        """The guest asks for this: let it have what of it is allowed, from now on.
+
+        Raises:
+            HostError: the kernel refused; asking again tries again.
+        """
+        self.in_force = asked.within(self._steer.allowed)
+        for interface in self._interfaces:
+            interface.apply(self.in_force, host_address=self._host_address(interface.ifindex))
 
     @contextmanager
     def applied_to(self, interface: Interface, program: Program | None) -> Iterator[None]:
@@ -57,15 +72,34 @@ class GuestFilter:
             HostError: the kernel refused.
         """
         with AddressFilter(interface.name, interface.ifindex) as addresses:
-            wanted = self._steer.allowed
-            addresses.receive(wanted)
-            if program is not None and self._steer.kind == "mac":
-                program.set_filter(self._without_host(wanted, interface.ifindex))
-            yield
+            applied = _Interface(interface.ifindex, addresses, program if self._steer.kind == "mac" else None)
+            applied.apply(self.in_force, host_address=self._host_address(interface.ifindex))
+            self._interfaces.append(applied)
+            try:
+                yield
+            finally:
+                self._interfaces.remove(applied)
 
-    def _without_host(self, wanted: Filter, ifindex: int) -> Filter:
-        """The filter with the host's own address, unless it was given to the guest by name."""
-        host_address = read_address(ifindex)
-        if host_address in (self._steer.allowed.unicast or ()):
-            return wanted
-        return msgspec.structs.replace(wanted, host_address=host_address)
+    def _host_address(self, ifindex: int) -> bytes | None:
+        """The host's own address, which no guest gets by asking; only by being given it by name."""
+        address = read_address(ifindex)
+        return None if address in (self._steer.allowed.unicast or ()) else address
+
+
+class _Interface:
+    """What is applied to one interface, and how."""
+
+    def __init__(self, ifindex: int, addresses: AddressFilter, program: Program | None) -> None:
+        self.ifindex = ifindex
+        self._addresses = addresses
+        self._program = program
+        self._applied: Filter | None = None
+
+    def apply(self, wanted: Filter, *, host_address: bytes | None) -> None:
+        wanted = msgspec.structs.replace(wanted, host_address=host_address)
+        if wanted == self._applied:
+            return
+        self._addresses.receive(wanted)
+        if self._program is not None:
+            self._program.set_filter(wanted)
+        self._applied = wanted

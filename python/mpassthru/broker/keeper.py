@@ -24,7 +24,6 @@ from mpassthru.broker.binding import (
     describe_binding,
     fit_interface,
     lacks,
-    take,
 )
 from mpassthru.broker.binding_state import BindingState, Lack, Need
 from mpassthru.broker.mode import choose_rules, outgrown
@@ -86,6 +85,7 @@ class Keeper:
         options: What the user asked for.
         port: The port; bound by `start`.
         taken: The interface that it is to have first. Owned from here on.
+        take: Takes what a port needs of an interface: `mpassthru.broker.binding.take`.
         on_link: Called when the guest's link should go up or down.
         on_moved: Called with the name of another interface that the port is bound to.
     """
@@ -96,10 +96,10 @@ class Keeper:
         port: KeptPort,
         taken: TakenInterface,
         *,
+        take: Take,
         on_link: Callable[[bool], None] = lambda _: None,
         on_moved: Callable[[str], None] = lambda _: None,
         find: Callable[[str, int | None], Awaitable[Interface | None]] = find_interface,
-        take: Take = take,
         make_monitor: Callable[[Callable[[tuple[LinkEvent, ...]], None], Callable[[str], None]], Monitor] = LinkMonitor,
     ) -> None:
         self._options = options

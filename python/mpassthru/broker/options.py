@@ -13,6 +13,16 @@ from mpassthru.broker.status import AttachReport
 from mpassthru.broker.tx_offloads import TxOffloads
 from mpassthru.control import Mode, PollMode
 
+
+@dataclass(frozen=True, kw_only=True)
+class QmpOptions:
+    """QEMU's monitor."""
+
+    path: Path
+    nic: str | None = None
+    """The device, or its network back-end; None for that whose back-end is on the port's socket."""
+
+
 XdpChoice = Literal["auto", "native", "generic"]
 
 
@@ -31,6 +41,8 @@ class AttachOptions:
     zero_copy: ZeroCopyOptions = field(default_factory=ZeroCopyOptions)
     xdp: XdpChoice = "auto"
     steer: Steer = field(default_factory=Steer)
+    qmp: QmpOptions | None = None
+    """Where to hear what the guest asks its network device for; None to leave it at `steer`."""
     lock_macs: tuple[bytes, ...] | None = None
     """Source addresses that frames from the guest may have; None for any."""
     poll: PollMode = "adaptive"

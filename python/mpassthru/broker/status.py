@@ -43,6 +43,8 @@ class AttachReport(PortReport, frozen=True, kw_only=True):
     """Buffers that workers had when they died, and that their successors took over."""
     steering: dict[str, dict[str, int]]
     """Counters of the XDP program, by hardware queue."""
+    filter: str | None
+    """What the guest gets of what it asks for (`--qmp`), in words; None if nobody says what that is."""
     troubles: tuple[str, ...]
     """The last errors, one line each."""
     final: bool = False
@@ -59,6 +61,7 @@ class PortStatus:
     binding: BindingState = BindingState.UNBOUND
     lack: Lack | None = None
     link: bool = False
+    filter: str | None = None
     guest: GuestState = "waiting"
     modes: dict[int, SocketMode] = field(default_factory=dict)
     worker: WorkerState = "starting"
@@ -117,6 +120,7 @@ class PortStatus:
             waiting_for=self.lack.need if self.lack else None,
             waiting_because=self.lack.reason if self.lack else None,
             link=self.link,
+            filter=self.filter,
             guest=self.guest,
             sessions=self.sessions,
             faults=self.faults,

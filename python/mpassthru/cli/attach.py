@@ -12,7 +12,7 @@ from rich.console import Console
 from mpassthru import event_loop
 from mpassthru.broker.attach import attach
 from mpassthru.broker.mode import ZeroCopyOptions
-from mpassthru.broker.options import AttachOptions
+from mpassthru.broker.options import AttachOptions, QmpOptions
 from mpassthru.broker.tx_offloads import TxOffloads
 from mpassthru.cli.backend import PrintCapabilities
 from mpassthru.cli.locked_memory import LockedMemoryAll, RuntimeDir
@@ -86,6 +86,13 @@ def attach_command(
     vlans: Annotated[
         str, typer.Option(metavar="LIST", help="With --steer mac: VLANs of the guest: all, none, or as 5,7,100-199.")
     ] = "all",
+    qmp: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="QEMU's monitor: give the guest what it asks for, of what options allow."),
+    ] = None,
+    qmp_nic: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --qmp: the device in QEMU, if its socket does not tell.")
+    ] = None,
     lock_mac: Annotated[
         list[str] | None,
         typer.Option(metavar="MAC", help="Drop frames from the guest with another source address; repeatable."),
@@ -129,6 +136,8 @@ def attach_command(
         raise typer.BadParameter("exactly one of --socket-path, --fd and --connect is needed")
     if socket_path is None and socket_owner is not None:
         raise typer.BadParameter("--socket-owner is about --socket-path; a socket made elsewhere has its owner already")
+    if qmp is None and qmp_nic is not None:
+        raise typer.BadParameter("--qmp-nic is about --qmp")
     socket_access = parse_socket_access(socket_owner, socket_mode)
     guest_bytes = parse_size(guest_size)
     view, interval_s = _view(as_json, interval)
@@ -144,8 +153,15 @@ def attach_command(
         zero_copy=ZeroCopyOptions(bounce_only=bounce_only, frame_max_bytes=max_frame),
         xdp=xdp,
         steer=steer_by(
-            steer, mac or [], groups=multicast_group or [], vlans=vlans, broadcast=broadcast, multicast=multicast
+            steer,
+            mac or [],
+            groups=multicast_group or [],
+            vlans=vlans,
+            broadcast=broadcast,
+            multicast=multicast,
+            follows=qmp is not None,
         ),
+        qmp=QmpOptions(path=qmp, nic=qmp_nic) if qmp is not None else None,
         lock_macs=parse_macs("--lock-mac", lock_mac) if lock_mac else None,
         poll=poll,
         tx_offloads=tx_offloads,

@@ -22,14 +22,15 @@ def steer_by(
     vlans: str,
     broadcast: bool,
     multicast: bool,
+    follows: bool = False,
 ) -> Steer:
-    """Read the options that say which frames are the guest's.
+    """Read the options that say which frames are the guest's; with `follows` (`--qmp`) which may be.
 
     Raises:
         typer.BadParameter: one cannot be read, or they do not fit together.
     """
-    if kind == "mac" and not macs:
-        raise typer.BadParameter("--steer mac needs --mac, the guest's address")
+    if kind == "mac" and not macs and not follows:
+        raise typer.BadParameter("--steer mac needs --mac, the guest's address, or --qmp, which tells it")
     if kind == "passthru" and (groups or vlans != "all"):
         raise typer.BadParameter("--multicast-group and --vlans are about --steer mac; without it the guest gets all")
     if groups and not multicast:

@@ -48,6 +48,7 @@ def run(*arguments: str) -> tuple[int, str]:
         (("attach", "eth9"), "exactly one of --socket-path, --fd and --connect"),
         (("attach", "eth9", "--socket-path", "/s", "--fd", "3"), "exactly one of"),
         (("attach", "eth9", "--socket-path", "/s", "--steer", "mac"), "--steer mac needs --mac"),
+        (("attach", "eth9", "--socket-path", "/s", "--qmp-nic", "net0"), "--qmp-nic is about --qmp"),
         (("attach", "eth9", "--socket-path", "/s", "--mac", "nonsense"), "is not a MAC address"),
         (("attach", "eth9", "--socket-path", "/s", "--mac", "01:00:5e:00:00:01"), "group address"),
         (("attach", "eth9", "--socket-path", "/s", "--mode", "warp"), "warp"),

@@ -42,7 +42,14 @@ def test_what_is_no_list_of_vlans_is_refused(text: str) -> None:
         parse_vlans(text)
 
 
-def steer(kind: str, *macs: str, groups: tuple[str, ...] = (), vlans: str = "all", multicast: bool = True) -> Steer:
+def steer(
+    kind: str,
+    *macs: str,
+    groups: tuple[str, ...] = (),
+    vlans: str = "all",
+    multicast: bool = True,
+    follows: bool = False,
+) -> Steer:
     assert kind in ("passthru", "mac")
     return steer_by(
         "mac" if kind == "mac" else "passthru",
@@ -51,6 +58,7 @@ def steer(kind: str, *macs: str, groups: tuple[str, ...] = (), vlans: str = "all
         vlans=vlans,
         broadcast=True,
         multicast=multicast,
+        follows=follows,
     )
 
 
@@ -63,6 +71,11 @@ def test_each_address_counts_once() -> None:
     given = steer("mac", MAC, MAC.upper(), groups=(GROUP, GROUP), vlans="none")
 
     assert given.allowed == Filter(unicast=(mac,), multicast=(group,), broadcast=True, vlans=())
+
+
+def test_guest_that_is_followed_needs_no_address_and_may_have_any() -> None:
+    assert steer("mac", follows=True) == Steer(kind="mac", allowed=EVERYTHING)
+    assert steer("mac", MAC, follows=True) == steer("mac", MAC)
 
 
 def test_no_multicast_is_an_empty_table() -> None:
