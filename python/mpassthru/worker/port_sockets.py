@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
 from mpassthru import _core
@@ -82,6 +83,14 @@ class PortSockets:
     def lock(self, queue_pair: int) -> asyncio.Lock:
         """Held by whoever gives a queue pair a socket, or takes it away."""
         return self._attaching[queue_pair]
+
+    @asynccontextmanager
+    async def _every_lock(self) -> AsyncIterator[None]:
+        """While held, no queue pair gets a socket or loses it but by the holder."""
+        async with AsyncExitStack() as held:
+            for lock in self._attaching:
+                await held.enter_async_context(lock)
+            yield
 
     # ---- one after the other ---------------------------------------------------------------------------------
 
@@ -220,9 +229,11 @@ class PortSockets:
                 await self._close_all()
                 return False
             await self._prepare_for(binding)
-            self.binding = binding
-            for queue_pair in range(self.queue_pairs_max):
-                await self._close_other(queue_pair, binding)
+            async with self._every_lock():
+                # A socket bound elsewhere, beside one of before, would register guest memory once more.
+                for queue_pair in range(self.queue_pairs_max):
+                    await self._close_other(queue_pair, binding)
+                self.binding = binding
             before = self._attached()
             errors = await self._attach_needed()
             self.renewal.start()
@@ -243,12 +254,11 @@ class PortSockets:
             # The memlock limit does not allow for the memory twice: the present ones have to go first.
 
     async def _close_other(self, queue_pair: int, binding: Binding) -> None:
-        """Close a socket that is bound to something else."""
-        async with self.lock(queue_pair):
-            if self._engine.socket_attached(queue_pair) and self._bound_to[queue_pair] != binding:
-                await self._detach(queue_pair)
-                if queue_pair not in self._prepared:
-                    self._tell_released(queue_pair)
+        """Close a socket that is bound to something else, by whoever holds the queue pair's lock."""
+        if self._engine.socket_attached(queue_pair) and self._bound_to[queue_pair] != binding:
+            await self._detach(queue_pair)
+            if queue_pair not in self._prepared:
+                self._tell_released(queue_pair)
 
     async def _attach_needed(self) -> list[MpassthruError]:
         errors: list[MpassthruError] = []

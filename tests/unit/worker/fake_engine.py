@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mpassthru._core import SocketConfig
@@ -45,7 +46,7 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._events: list[FakeEvent] = []
-        self._held_events: list[FakeEvent] = []
+        self._held_operations: list[tuple[FakeEvent, Callable[[], None]]] = []
         self._tokens = 0
 
     def emit(self, event: FakeEvent) -> None:
@@ -54,8 +55,10 @@ class FakeEngine:
 
     def end_held(self) -> None:
         """Let the operations that were held end."""
-        while self._held_events:
-            self.emit(self._held_events.pop(0))
+        while self._held_operations:
+            event, effect = self._held_operations.pop(0)
+            effect()
+            self.emit(event)
 
     def drain_events(self) -> list[FakeEvent]:
         events, self._events = self._events, []
@@ -82,26 +85,30 @@ class FakeEngine:
         self.calls.append(f"discard {queue_pair}")
 
     def attach_prepared(self, queue_pair: int) -> int:
-        error = self.attach_errors.pop(0) if self.attach_errors else None
-        if error is None:
-            self.attached.add(queue_pair)
-            self.lacking.discard(queue_pair)
-        return self._operation(f"attach-prepared {queue_pair}", value=int(self.zero_copy), error=error)
+        return self._attach(f"attach-prepared {queue_pair}", queue_pair, zero_copy=self.zero_copy)
 
     def socket_lacks_memory(self, queue_pair: int) -> bool:
         return queue_pair in self.lacking
 
     def attach_socket(self, queue_pair: int, config: SocketConfig) -> int:
+        return self._attach(f"attach {queue_pair}", queue_pair, zero_copy=config.mode == "zero-copy")
+
+    def _attach(self, call: str, queue_pair: int, *, zero_copy: bool) -> int:
         error = self.attach_errors.pop(0) if self.attach_errors else None
-        if error is None:
-            self.attached.add(queue_pair)
-            self.lacking.discard(queue_pair)
-        return self._operation(f"attach {queue_pair}", value=int(config.mode == "zero-copy"), error=error)
+
+        def attached() -> None:
+            if error is None:
+                self.attached.add(queue_pair)
+                self.lacking.discard(queue_pair)
+
+        return self._operation(call, value=int(zero_copy), error=error, effect=attached)
 
     def detach_socket(self, queue_pair: int) -> int:
-        self.attached.discard(queue_pair)
-        self.lacking.discard(queue_pair)
-        return self._operation(f"detach {queue_pair}")
+        def detached() -> None:
+            self.attached.discard(queue_pair)
+            self.lacking.discard(queue_pair)
+
+        return self._operation(f"detach {queue_pair}", effect=detached)
 
     def reclaim(self, queue_pair: int) -> int:
         assert queue_pair not in self.attached, "under a socket"
@@ -157,12 +164,16 @@ class FakeEngine:
         self.closed = True
         os.close(self.event_fd)
 
-    def _operation(self, call: str, value: int = 0, error: Exception | None = None) -> int:
+    def _operation(
+        self, call: str, value: int = 0, error: Exception | None = None, effect: Callable[[], None] = lambda: None
+    ) -> int:
+        """`effect` is what shows when the operation has ended."""
         self.calls.append(call)
         self._tokens += 1
         event = FakeEvent(token=self._tokens, value=value, error=error)
         if call.split(maxsplit=1)[0] in self.held:
-            self._held_events.append(event)
+            self._held_operations.append((event, effect))
         else:
+            effect()
             self.emit(event)
         return self._tokens

@@ -186,6 +186,25 @@ async def test_virtqueue_that_stops_between_two_sockets_leaves_none_that_the_bro
     await heard(bench, "SocketWanted", "SocketReleased")
 
 
+@pytest.mark.parametrize("bench", [2], indirect=True)
+async def test_no_queue_pair_is_bound_elsewhere_while_a_socket_of_before_is_left(bench: Bench) -> None:
+    await running(bench, 0)
+    bench.engine.held = {"detach"}
+    moving = asyncio.create_task(bench.device.rebind(binding(2, serial=2, ifindex=8)))
+    while "detach 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    starting = asyncio.create_task(bench.device.start_vring(2, VRING))
+    await asyncio.sleep(0.01)
+    assert bench.engine.calls == ["prepare 0", "detach 0"]
+
+    bench.engine.held = set()
+    bench.engine.end_held()
+    await asyncio.wait_for(asyncio.gather(moving, starting), TIMEOUT_S)
+
+    assert bench.engine.attached == {0, 1}
+    assert set(bench.wanted[1:]) == {2}
+
+
 async def test_guest_mtu_is_held_against_the_last_interface(bench: Bench) -> None:
     await bench.device.rebind(msgspec.structs.replace(ELSEWHERE, mtu_bytes=1400))
     await bench.device.rebind(None)
