@@ -1,4 +1,4 @@
-"""What a Linux guest asks its network device for, by QEMU's monitor: the port follows (`--qmp`)."""
+"""What a Linux guest asks its network device for, and its link, by QEMU's monitor: the port follows (`--qmp`)."""
 
 from __future__ import annotations
 
@@ -131,5 +131,19 @@ async def test_port_follows_what_the_guest_asks_for(tmp_path: Path) -> None:
         await f.does("ip link del m0", MACVLAN_MAC, delivered=False)
         await f.does("ip link del v5", NEW_MAC, vlan=5, delivered=False)
         await f.does(f"ip address del {IPV6_ADDRESS} dev eth0", GROUP, delivered=False)
+        answers = await ping(f.guest, PEER_ADDRESS)
+        assert answers.received == answers.sent
+
+
+@pytest.mark.slow
+async def test_guest_sees_the_carrier_of_the_hosts_interface_go_and_come(tmp_path: Path) -> None:
+    carrier = "cat /sys/class/net/eth0/carrier"
+    async with followed_guest(tmp_path) as f:
+        for _ in range(2):
+            f.namespace.run("ip", "link", "set", "dev", f.namespace.peer, "down")
+            await f.guest.run(f"until [ $({carrier}) = 0 ]; do usleep 10000; done")
+            f.namespace.run("ip", "link", "set", "dev", f.namespace.peer, "up")
+            await f.guest.run(f"until [ $({carrier}) = 1 ]; do usleep 10000; done")
+            await f.port.until(lambda report: report.guest == "running" and report.link)
         answers = await ping(f.guest, PEER_ADDRESS)
         assert answers.received == answers.sent

@@ -83,6 +83,7 @@ async def attach(options: AttachOptions, view: View, recipe: Callable[[int], str
                 options,
                 port,
                 ready.taken,
+                on_link=follower.set_link if follower is not None else lambda _: None,
                 on_moved=ready.memory.move,
                 take=functools.partial(take, guest_filter=ready.guest_filter),
             )

@@ -45,6 +45,10 @@ SECOND_LOOK_S: Final = 0.2
 RETRY_PAUSE_MAX_S: Final = 30.0
 """Taking an interface that then fails may take its link down: tried after 1 s, then after twice as long each time."""
 
+FLAP_PATIENCE_S: Final = 10.0
+"""A NIC's link may flap with every zero-copy socket. A guest that were told would have its queues stopped by its VMM,
+which closes the sockets, and started again with the link: that would never end."""
+
 Take = Callable[[Interface, AttachOptions, int, "KeptPort"], Awaitable[TakenInterface]]
 
 
@@ -86,7 +90,7 @@ class Keeper:
         port: The port; bound by `start`.
         taken: The interface that it is to have first. Owned from here on.
         take: Takes what a port needs of an interface: `mpassthru.broker.binding.take`.
-        on_link: Called when the guest's link should go up or down.
+        on_link: Called when the guest's link should go up or down; it is up until then.
         on_moved: Called with the name of another interface that the port is bound to.
     """
 
@@ -126,6 +130,8 @@ class Keeper:
         """Up to then, what is in use may be what we had ourselves."""
         self._retry_pause_s = LOOK_INTERVAL_S
         self._told = ""
+        self._guests_link = True
+        self._had_link_at_s = 0.0
         port.status.binding = BindingState.WAITING
 
     @property
@@ -153,7 +159,7 @@ class Keeper:
         """Bind the port to its first interface, before it has any worker."""
         assert self._taken is not None, "it was given one"
         await self._port.rebind(self._taken.binding, self._taken.steering)
-        self._hold(self._taken)
+        await self._hold(self._taken)
 
     # ---- what the user asks for ------------------------------------------------------------------------------
 
@@ -189,7 +195,7 @@ class Keeper:
                 raise
             former = self._taken
             self._options = options
-            self._hold(taken)
+            await self._hold(taken)
             if former is not None:
                 former.close()
             self._tell_move(name)
@@ -361,7 +367,7 @@ class Keeper:
             await self._let_go(taken, Lack(Need.KERNEL, str(error)))
             self._retry_pause_s = min(2 * self._retry_pause_s, RETRY_PAUSE_MAX_S)
         else:
-            self._hold(taken)
+            await self._hold(taken)
 
     async def _let_go(self, taken: TakenInterface, lack: Lack) -> None:
         """Give the interface back, and wait for one of its name."""
@@ -396,7 +402,7 @@ class Keeper:
 
     # ---- where the port stands -------------------------------------------------------------------------------
 
-    def _hold(self, taken: TakenInterface) -> None:
+    async def _hold(self, taken: TakenInterface) -> None:
         status = self._port.status
         first = not status.interface
         status.interface, status.queue_ids = taken.interface.name, taken.binding.queue_ids
@@ -404,7 +410,9 @@ class Keeper:
         self._name, self._taken, self._open = taken.interface.name, taken, True
         self._mtu_bytes = taken.binding.mtu_bytes
         self._retry_pause_s = LOOK_INTERVAL_S
+        self._had_link_at_s = self._now_s()  # what was taken just now may have taken it down for a moment
         self._monitor.follow(taken.interface.name, taken.interface.ifindex)
+        await self._monitor.look()
         self._set(BindingState.BOUND)
         if not first:
             self._port.say(f"bound to {taken.interface.name}: {taken.binding.socket_mode} mode, {taken.xdp_mode} XDP")
@@ -427,10 +435,20 @@ class Keeper:
     def _tell_link(self) -> None:
         link = self._monitor.state
         has_link = self.state is BindingState.BOUND and link is not None and link.carrier
-        status = self._port.status
-        if has_link != status.link:
-            status.link = has_link
-            self._on_link(has_link)
+        self._port.status.link = has_link
+        if has_link:
+            self._had_link_at_s = self._now_s()
+        guests_link = has_link or self._may_flap()
+        if guests_link != self._guests_link:
+            self._guests_link = guests_link
+            self._on_link(guests_link)
+
+    def _may_flap(self) -> bool:
+        """Whether a link that is down may be no more than a flap."""
+        if self.state is not BindingState.BOUND or self._taken is None:
+            return False
+        is_zero_copy = self._taken.binding.zero_copy_rules is not None
+        return is_zero_copy and self._now_s() - self._had_link_at_s < FLAP_PATIENCE_S
 
 
 class _Nobody:

@@ -1,9 +1,13 @@
-"""Follows what the guest asks its network device for, through QEMU's monitor.
+"""Follows what the guest asks its network device for, through QEMU's monitor, and tells the guest about its link.
 
 QEMU tells once that something has changed and not again before it was asked; and not at all when the guest resets the
 device. So it is asked at each notice, though not more than `QUERIES_PAUSE_S` apart, for a guest can change its mind
 without end; and every `LOOK_INTERVAL_S`. Nothing that QEMU does or says ends the port: what cannot be had is said once,
 and what was said last goes on to hold.
+
+A link that is down is set down again at every look, for QEMU sets it up by itself when a back-end connects. It is set
+up once, and only where it may be down because of a port: after this one had set it down, or after a migration, for the
+state of the link comes along. Somebody else may have reasons to have it down.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
-from mpassthru.broker.qemu_nic import NicNotFoundError, find_nic, read_filter
+from mpassthru.broker.qemu_nic import NicNotFoundError, find_nic, is_awaited, read_filter
 from mpassthru.broker.status import PortStatus
 from mpassthru.errors import HostError, MpassthruError
 from mpassthru.qmp import QmpClient, QmpError
@@ -66,7 +70,16 @@ class QemuFollower:
         self._socket_path = socket_path
         self._nic = nic
         self._told = ""
+        self._news = asyncio.Event()
+        self._link = True
+        self._owes_link = False
+        """It may be down because of us."""
         status.filter = str(guest_filter.in_force)
+
+    def set_link(self, up: bool) -> None:
+        """The guest's link is to be up, or down, from now on; up it was until now."""
+        self._link = up
+        self._news.set()
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -105,13 +118,29 @@ class QemuFollower:
     async def _look_at_changes(self, client: QmpClient, nic: str) -> None:
         while True:
             await asyncio.sleep(QUERIES_PAUSE_S)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_INTERVAL_S):
-                    await client.wait_event("NIC_RX_FILTER_CHANGED")
+            await self._until_news(client)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 await self._look(client, nic)
 
+    async def _until_news(self, client: QmpClient) -> None:
+        """Wait for a notice of QEMU's, for one of ours, or for as long as one may be missing.
+
+        Raises:
+            QmpError: the session has ended.
+        """
+        notice = asyncio.create_task(client.wait_event("NIC_RX_FILTER_CHANGED"))
+        ours = asyncio.create_task(self._news.wait())
+        try:
+            await asyncio.wait({notice, ours}, timeout=LOOK_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            notice.cancel()
+            ours.cancel()
+            outcome, _ = await asyncio.gather(notice, ours, return_exceptions=True)
+        if isinstance(outcome, Exception):
+            raise outcome
+
     async def _look(self, client: QmpClient, nic: str) -> None:
+        self._news.clear()
         client.forget_events()
         asked = (await read_filter(client, nic)).asked()
         try:
@@ -119,6 +148,17 @@ class QemuFollower:
         except MpassthruError as error:
             self._tell(f"{error}; trying again")
         self._status.filter = str(self._filter.in_force)
+        await self._tell_link(client, nic)
+
+    async def _tell_link(self, client: QmpClient, nic: str) -> None:
+        if await is_awaited(client):
+            self._owes_link = True
+        elif not self._link:
+            await client.execute("set_link", name=nic, up=False)
+            self._owes_link = True
+        elif self._owes_link:
+            await client.execute("set_link", name=nic, up=True)
+            self._owes_link = False
 
     def _tell(self, line: str) -> None:
         """Say what has changed since the last line, and nothing twice in a row."""

@@ -68,6 +68,10 @@ class _ChardevAddress(msgspec.Struct, frozen=True):
     path: str | None = None
 
 
+class _RunState(msgspec.Struct, frozen=True):
+    status: str
+
+
 class Wired(NamedTuple):
     """A device of QEMU's with a vhost-user back-end."""
 
@@ -120,6 +124,15 @@ async def read_filter(client: QmpClient, nic: str) -> RxFilter:
     except QmpCommandError as error:
         raise NicNotFoundError(str(error)) from error
     return answer
+
+
+async def is_awaited(client: QmpClient) -> bool:
+    """Whether the guest is still to come, from another host or a file: its devices' state will be what it brings.
+
+    Raises:
+        QmpError: QEMU does not answer as expected.
+    """
+    return (await client.execute("query-status", result=_RunState)).status == "inmigrate"
 
 
 def wired_nics(info_network: str) -> Iterator[Wired]:

@@ -23,6 +23,10 @@ OURS, THEIRS = 1000, 1
 """Ids of XDP programs: ours are numbered from here on."""
 QUEUES = 2
 
+UP = LinkState(
+    ifindex=2, name="eth0", up=True, carrier=True, mtu_bytes=1500, xdp_program_id=None, rx_queues=2, tx_queues=2
+)
+
 
 @dataclass
 class Nic:
@@ -100,10 +104,12 @@ class ModelMonitor:
     followed: tuple[str | None, int | None] = (None, None)
 
     def follow(self, name: str | None, ifindex: int | None = None) -> None:
-        self.followed = (name, ifindex)
+        if (name, ifindex) != self.followed:
+            self.followed, self.state = (name, ifindex), None
 
     async def look(self) -> None:
-        """Everything is told at once."""
+        """Everything is told at once; the first look finds a carrier."""
+        self.state = self.state or UP
 
     async def run(self) -> None:
         await asyncio.Event().wait()

@@ -40,6 +40,7 @@ class Device:
     socket_path: Path
     filter: dict[str, Any] = field(default_factory=rx_filter)
     notifies: bool = False
+    up: bool = True
 
 
 @dataclass
@@ -50,11 +51,13 @@ class PlayedMonitor:
         devices: By name.
         commands: What was asked, in order.
         mute: Answer nothing.
+        status: Of the machine.
     """
 
     devices: dict[str, Device] = field(default_factory=dict)
     commands: list[dict[str, Any]] = field(default_factory=list)
     mute: bool = False
+    status: str = "running"
     _clients: set[asyncio.StreamWriter] = field(default_factory=set)
 
     @asynccontextmanager
@@ -96,18 +99,27 @@ class PlayedMonitor:
 
     def _answer(self, command: dict[str, Any]) -> dict[str, Any]:
         arguments = command.get("arguments", {})
+        device = self.devices.get(arguments.get("name"))
+        result: Any = {}
         match command["execute"]:
             case "qmp_capabilities":
-                return {"return": {}}
+                pass
+            case "query-status":
+                result = {"status": self.status, "running": self.status == "running"}
             case "human-monitor-command":
-                return {"return": "".join(self._info_network())}
+                result = "".join(self._info_network())
             case "qom-get":
                 name = arguments["path"].removeprefix("/chardevs/char-")
-                return {"return": {"type": "unix", "path": str(self.devices[name].socket_path)}}
-            case "query-rx-filter" if (device := self.devices.get(arguments["name"])) is not None:
+                result = {"type": "unix", "path": str(self.devices[name].socket_path)}
+            case "query-rx-filter" if device is not None:
                 device.notifies = True
-                return {"return": [device.filter | {"name": arguments["name"]}]}
-        return {"error": {"class": "GenericError", "desc": f"invalid net client name: {arguments.get('name')}"}}
+                result = [device.filter | {"name": arguments["name"]}]
+            case "set_link" if device is not None:
+                device.up = arguments["up"]
+            case _:
+                desc = f"invalid net client name: {arguments.get('name')}"
+                return {"error": {"class": "GenericError", "desc": desc}}
+        return {"return": result}
 
     def _info_network(self) -> list[str]:
         lines = []

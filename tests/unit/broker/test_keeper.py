@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
-from keeper_world import QUEUES, Host, ModelMonitor, ModelPort, Nic
+from keeper_world import QUEUES, UP, Host, ModelMonitor, ModelPort, Nic
 
 from mpassthru.broker import binding as binding_module
 from mpassthru.broker import keeper as keeper_module
@@ -21,7 +21,6 @@ from mpassthru.netdev import Interface
 from mpassthru.netdev.link_events import (
     CarrierChanged,
     LinkEvent,
-    LinkState,
     MtuChanged,
     NotificationsLost,
     Renamed,
@@ -61,6 +60,10 @@ class Kept:
         await self.until(waits)
         assert self.port.status.lack is not None
         return self.port.status.lack.reason
+
+    def carrier(self, there: bool) -> None:
+        self.monitor.state = replace(UP, carrier=there)
+        self.monitor.hear((CarrierChanged(there),))
 
     async def until_bound(self) -> None:
         await self.until(lambda: self.keeper.state is BindingState.BOUND and self.port.binding is not None)
@@ -103,9 +106,6 @@ async def kept(options: AttachOptions, nic: Nic) -> AsyncIterator[Kept]:
 
 
 COPY = AttachOptions(interface="eth0", queues=QUEUES, mode="copy")
-UP = LinkState(
-    ifindex=2, name="eth0", up=True, carrier=True, mtu_bytes=1500, xdp_program_id=None, rx_queues=2, tx_queues=2
-)
 
 
 @pytest.fixture(autouse=True)
@@ -121,21 +121,38 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpassthru.broker.mode.probe_bind", takes_every_socket)
 
 
-async def test_link_is_told_when_it_comes_and_goes() -> None:
+async def test_link_is_told_when_it_goes_and_comes() -> None:
     async with kept(COPY, Nic(2)) as k:
-        assert k.links == []
-        k.monitor.state = UP
-        k.monitor.hear((CarrierChanged(True),))
-        await k.until(lambda: k.links == [True])
-        k.monitor.state = replace(UP, carrier=False)
-        k.monitor.hear((CarrierChanged(False),))
-        await k.until(lambda: k.links == [True, False])
+        assert (k.links, k.port.status.link) == ([], True)
+        k.carrier(False)
+        await k.until(lambda: k.links == [False])
         assert k.keeper.state is BindingState.BOUND
-        k.monitor.state = UP
-        k.monitor.hear((CarrierChanged(True),))
-        await k.until(lambda: k.links == [True, False, True])
+        k.carrier(True)
+        await k.until(lambda: k.links == [False, True])
         await k.keeper.unbind()
-        assert k.links == [True, False, True, False]
+        assert k.links == [False, True, False]
+
+
+async def test_guest_that_moves_does_not_lose_its_link() -> None:
+    async with kept(COPY, Nic(2)) as k:
+        await k.keeper.bind("eth1")
+        assert (k.links, k.port.status.link) == ([], True)
+
+
+async def test_link_that_flaps_in_zero_copy_mode_is_not_told_and_one_that_is_gone_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with kept(replace(COPY, mode="zero-copy"), Nic(2, driver="igc")) as k:
+        k.carrier(False)
+        await k.until(lambda: not k.port.status.link)
+        k.carrier(True)
+        await k.until(lambda: k.port.status.link)
+        assert k.links == []
+        monkeypatch.setattr(keeper_module, "FLAP_PATIENCE_S", 0.05)
+        k.carrier(False)
+        await k.until(lambda: k.links == [False])
+        k.carrier(True)
+        await k.until(lambda: k.links == [False, True])
 
 
 async def test_sockets_of_an_interface_that_is_down_are_closed_after_a_while_and_its_program_stays(

@@ -162,3 +162,46 @@ async def test_filter_that_the_kernel_refuses_is_said_and_asked_for_again(tmp_pa
             await h.until_said("(ENODEV): no; trying again")
             h.filter.fail = None
             await h.until(lambda: h.filter.in_force.unicast == (MAIN,))
+
+
+async def test_guest_hears_of_its_link_going_and_coming(tmp_path: Path) -> None:
+    async with following(tmp_path) as h, h.monitor.listening(h.path):
+        await h.until(lambda: h.filter.asked)
+        device = h.monitor.devices["nic0"]
+        h.follower.set_link(False)
+        await h.until(lambda: not device.up)
+        device.up = True  # as QEMU does when a back-end connects
+        await h.until(lambda: not device.up)
+        h.follower.set_link(True)
+        await h.until(lambda: device.up)
+
+
+async def test_link_that_somebody_else_set_down_is_left_down(tmp_path: Path) -> None:
+    async with following(tmp_path) as h, h.monitor.listening(h.path):
+        h.monitor.devices["nic0"].up = False
+        h.follower.set_link(True)
+        await h.until(lambda: len(h.filter.asked) >= 4)
+        assert h.monitor.count("set_link") == 0
+
+
+async def test_link_that_went_while_nobody_listened_is_told_later(tmp_path: Path) -> None:
+    async with following(tmp_path) as h:
+        h.follower.set_link(False)
+        async with h.monitor.listening(h.path):
+            await h.until(lambda: not h.monitor.devices["nic0"].up)
+        h.follower.set_link(True)
+        async with h.monitor.listening(h.path):
+            await h.until(lambda: h.monitor.devices["nic0"].up)
+
+
+async def test_guest_that_arrives_with_its_link_down_gets_it_up_once_it_is_there(tmp_path: Path) -> None:
+    async with following(tmp_path) as h:
+        h.monitor.status = "inmigrate"
+        async with h.monitor.listening(h.path):
+            await h.until(lambda: len(h.filter.asked) >= 3)
+            assert h.monitor.count("set_link") == 0
+            h.monitor.devices["nic0"].up = False
+            h.monitor.status = "running"
+            await h.until(lambda: h.monitor.devices["nic0"].up)
+            await h.until(lambda: len(h.filter.asked) >= 6)
+            assert h.monitor.count("set_link") == 1
