@@ -105,7 +105,9 @@ async def test_rebooted_guest_has_its_network_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize(
+    "packed", [pytest.param(False, id="split", marks=pytest.mark.soak), pytest.param(True, id="packed")]
+)
 async def test_driver_unbound_and_bound_under_flood_has_its_network_again(tmp_path: Path, packed: bool) -> None:
     async with flooded_guest(tmp_path, packed=packed) as flooded:
         assert bool(await flooded.features() & VirtioFeature.VIRTIO_F_RING_PACKED) == packed

@@ -42,7 +42,9 @@ async def kill_at(moment: str, guest: QemuGuest, port: AttachedPort) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["booting", "up", "flooded"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("booting", marks=pytest.mark.soak), pytest.param("up", marks=pytest.mark.soak), "flooded"]
+)
 async def test_killed_qemu_leaves_nothing_that_stops_the_next_guest(tmp_path: Path, moment: str) -> None:
     path = tmp_path / "port.sock"
     config = GuestConfig(kernel=find_kernel(), nics=(GuestNic(backend=VhostUserBackend(socket_path=path)),))
