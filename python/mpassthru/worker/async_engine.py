@@ -2,6 +2,8 @@
 
 The engine announces its events on an eventfd; they are drained on the loop. Every token is waited for by exactly one
 caller. An event can not be lost between an operation and its wait: both happen without going back to the loop.
+Nothing calls an operation back: a caller that is cancelled learns of it when the operation has ended, so that whoever
+cleans up knows what there is to clean up (a socket that may have been bound, with the guest's buffers in it).
 
 An operation takes milliseconds, or seconds where the kernel is slow to let go of a queue. One that does not end means
 that an engine thread hangs: nothing in this process could stop that thread, or be sure of guest memory again.
@@ -31,12 +33,12 @@ def end_process(line: str) -> None:
 
 
 class AsyncEngine:
-    """Awaitable operations on an `Engine`.
+    """Awaitable operations on an `Engine`, which end before whoever awaits them does.
 
     Args:
         engine: The engine; closed by `close`.
         on_trouble: Called on the loop for each event that ends no operation.
-        on_hang: Called on the loop with one line if an operation does not end, even if nobody waits for it any more.
+        on_hang: Called on the loop with one line if an operation does not end, even if its caller was cancelled.
     """
 
     def __init__(
@@ -165,7 +167,17 @@ class AsyncEngine:
             self._on_hang,
             f"the data plane hangs: {operation} has not ended within {timeout_s:g} s; ending this worker",
         )
-        return await future
+        cancelled: asyncio.CancelledError | None = None
+        while not future.done():
+            try:
+                await asyncio.wait({future})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            if not future.cancelled():
+                future.exception()  # nobody is to be told of it any more
+            raise cancelled
+        return future.result()
 
     def _drain(self) -> None:
         try:
@@ -184,8 +196,6 @@ class AsyncEngine:
     def _complete(self, event: Event) -> None:
         self._deadlines.pop(event.token).cancel()
         future = self._pending.pop(event.token)
-        if future.done():
-            return  # the caller was cancelled: its session is over, the operation happened all the same
         if event.error is not None:
             future.set_exception(event.error)
         else:

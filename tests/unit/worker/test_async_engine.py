@@ -75,6 +75,22 @@ async def test_operation_without_end_is_told_even_if_nobody_waits_for_it(
     assert "attach_socket has not ended" in await asyncio.wait_for(hangs.get(), TIMEOUT_S)
 
 
+async def test_caller_that_is_cancelled_learns_of_it_when_the_operation_has_ended(
+    fake: FakeEngine, engine: AsyncEngine
+) -> None:
+    fake.held = {"stop"}
+    stopping = asyncio.create_task(engine.stop_vring(0))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        stopping.cancel()
+    await asyncio.sleep(0)
+    assert not stopping.done()
+
+    fake.end_held()
+    await asyncio.wait({stopping}, timeout=TIMEOUT_S)
+    assert stopping.cancelled()
+
+
 async def test_operation_that_ends_is_not_taken_for_a_hang(
     fake: FakeEngine, engine: AsyncEngine, hangs: asyncio.Queue[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,11 +173,12 @@ async def test_start_that_is_cancelled_while_binding_gives_the_socket_back(bench
     starting = asyncio.create_task(bench.device.start_vring(0, VRING))
     while "attach 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
         await asyncio.sleep(0.001)
-    bench.engine.attached.clear()
 
     starting.cancel()
+    bench.engine.end_held()
 
     await heard(bench, "SocketWanted", "SocketReleased")
+    assert bench.engine.calls == ["attach 0", "detach 0"]
 
 
 async def test_start_that_failed_leaves_nothing_running(bench: Bench) -> None:
@@ -308,6 +309,7 @@ async def test_stop_after_a_start_that_was_cancelled_early_does_not_reach_the_en
     while "attach 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
         await asyncio.sleep(0.001)
     starting.cancel()
+    bench.engine.end_held()
     await asyncio.gather(starting, return_exceptions=True)
 
     await bench.device.stop_vring(0)

@@ -164,6 +164,32 @@ async def test_first_socket_waits_until_what_a_dead_worker_left_is_free() -> Non
     assert fake.calls.index("free 0") < fake.calls.index("attach 0") < fake.calls.index("start 0")
 
 
+@pytest.mark.parametrize("cancels", [1, 2])
+async def test_bind_that_was_cancelled_gives_no_buffer_back_before_the_queue_was_seen_free(
+    bench: Bench, cancels: int
+) -> None:
+    await bench.device.rebind(None)
+    bench.engine.calls.clear()
+    bench.engine.held = {"attach"}
+    moving = asyncio.create_task(bench.device.rebind(zero_copy_port().binding))
+    while "attach 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+
+    for _ in range(cancels):
+        moving.cancel()
+        await asyncio.sleep(0)
+    stopping = asyncio.create_task(bench.device.stop_vring(0))
+    await asyncio.sleep(0.01)
+    bench.engine.held = set()
+    bench.engine.end_held()
+    await asyncio.wait({moving, stopping}, timeout=TIMEOUT_S)
+
+    assert moving.cancelled()
+    assert await stopping == 42
+    assert bench.engine.calls[:2] == ["attach 0", "detach 0"]
+    assert bench.engine.calls[-2:] == ["free 0", "stop 0"]
+
+
 ERROR = "queue pair 0: the kernel has received into a buffer that was not given to it"
 SUSPECT = f"{ERROR}; suspect its driver, nic of eth9"
 
