@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -371,7 +371,7 @@ class PortDevice:
         if not self._running:
             self._on_running(False)
 
-    async def distrust(self, queue_pair: int, error: str, *, zero_copy: bool) -> None:
+    def distrust(self, queue_pair: int, error: str, *, zero_copy: bool) -> Coroutine[None, None, None]:
         """The kernel answered with a buffer that it did not have, and the engine has closed that socket.
 
         In zero-copy mode that is the driver's doing. All queue pairs are that driver's, and go on in copy mode, where
@@ -382,14 +382,24 @@ class PortDevice:
             queue_pair: Whose socket it was.
             error: What the engine has seen.
             zero_copy: The socket's mode.
+
+        Returns:
+            What is left to do. What the socket was bound to is looked at now: its queue pair may have another one by
+            the time that this is awaited.
         """
-        interface = self._interface
-        suspect = f"its driver, {interface.driver} of {interface.interface}" if interface else "its driver"
-        suspect = f"{error}; suspect {suspect}"
+        bound = self._sockets.bound_to(queue_pair) or self._interface
+        if zero_copy and bound is not None:
+            self._sockets.distrust(bound.driver)
+        return self._go_on_without(queue_pair, bound, error, zero_copy=zero_copy)
+
+    async def _go_on_without(self, queue_pair: int, bound: Binding | None, error: str, *, zero_copy: bool) -> None:
+        suspect = f"{error}; suspect its driver"
+        if bound is not None:
+            suspect = f"{suspect}, {bound.driver} of {bound.interface}"
         try:
             if zero_copy:
                 self._trouble(f"{suspect}; going on in copy mode, as long as this worker lives")
-                await self._sockets.leave_zero_copy()
+                await self._sockets.leave_zero_copy(bound.driver if bound else None)
             else:
                 self._trouble(f"{suspect}; both virtqueues of the pair stand still until the guest starts them anew")
                 await self._sockets.give_up(queue_pair)

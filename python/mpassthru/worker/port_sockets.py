@@ -318,11 +318,14 @@ class PortSockets:
         Raises:
             MpassthruError: a socket could not be had or bound; its queue pair has none then, and is tried again later.
         """
-        errors: list[MpassthruError] = []
         for queue_pair in queue_pairs:
             async with self.lock(queue_pair):
                 if self._engine.socket_attached(queue_pair):
                     await self._detach(queue_pair)
+        await self._attach_anew(queue_pairs)
+
+    async def _attach_anew(self, queue_pairs: Sequence[int]) -> None:
+        errors: list[MpassthruError] = []
         for queue_pair in queue_pairs:
             try:
                 await self._replace(queue_pair)
@@ -339,20 +342,29 @@ class PortSockets:
             # A NIC whose link has to come back first takes longer than a bind waits; now the queue is seen free.
             await self.attach(queue_pair, for_running=True)
 
-    async def leave_zero_copy(self) -> None:
-        """Exchange all sockets for ones in copy mode, and make no other ones on interfaces of this driver any more.
+    def bound_to(self, queue_pair: int) -> Binding | None:
+        """What a queue pair's socket is bound to; None if it has none."""
+        return self._bound_to.get(queue_pair)
+
+    def distrust(self, driver: str | None) -> None:
+        """Have all sockets that come in copy mode on interfaces of a driver."""
+        self._distrusted.add(driver)
+
+    async def leave_zero_copy(self, driver: str | None) -> None:
+        """Exchange the sockets on interfaces of a distrusted driver for ones in copy mode.
 
         Raises:
             MpassthruError: a socket could not be had or bound; its queue pair has none then, and is tried again later.
         """
         async with self.changing:
-            if self.binding is not None:
-                self._distrusted.add(self.binding.driver)
-            attached = sorted(self._attached())
-            for queue_pair in attached:
-                self._discard_prepared(queue_pair)
-            # All at once: what is left in zero-copy mode would force it upon those that share its UMEM.
-            await self.replace_sockets(attached)
+            # All at once, also those that are just being bound: what is left in zero-copy mode would force it upon
+            # those that share its UMEM.
+            async with self._every_lock():
+                pairs = sorted(pair for pair in self._attached() if self._bound_to[pair].driver == driver)
+                for queue_pair in pairs:
+                    self._discard_prepared(queue_pair)
+                    await self._detach(queue_pair)
+            await self._attach_anew(pairs)
 
     def _discard_prepared(self, queue_pair: int) -> None:
         self._preparing.discard(queue_pair)

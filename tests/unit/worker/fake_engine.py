@@ -41,6 +41,8 @@ class FakeEngine:
     """Queue pairs whose socket was made before memory was added."""
     address: bytes | None = None
     """Of the guest, if it has sent something."""
+    modes: list[str] = field(default_factory=list)
+    """Of the sockets that were asked for, prepared ones included."""
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -76,7 +78,8 @@ class FakeEngine:
         self.lacking |= self.attached
         return [self._operation(f"add {len(regions)}")]
 
-    def prepare_socket(self, queue_pair: int, config: object) -> int:
+    def prepare_socket(self, queue_pair: int, config: SocketConfig) -> int:
+        self.modes.append(config.mode)
         return self._operation(
             f"prepare {queue_pair}", error=self.prepare_errors.pop(0) if self.prepare_errors else None
         )
@@ -91,6 +94,7 @@ class FakeEngine:
         return queue_pair in self.lacking
 
     def attach_socket(self, queue_pair: int, config: SocketConfig) -> int:
+        self.modes.append(config.mode)
         return self._attach(f"attach {queue_pair}", queue_pair, zero_copy=config.mode == "zero-copy")
 
     def _attach(self, call: str, queue_pair: int, *, zero_copy: bool) -> int:

@@ -228,6 +228,45 @@ async def test_all_queue_pairs_of_a_distrusted_driver_leave_zero_copy_before_one
     assert attached == ["detach 0", "detach 1", "attach 0", "attach 1"]
 
 
+@pytest.mark.parametrize("bench", [2], indirect=True)
+async def test_socket_that_is_just_being_bound_leaves_the_zero_copy_mode_of_a_distrusted_driver_too(
+    bench: Bench,
+) -> None:
+    bench.engine.held = {"attach"}
+    starting = asyncio.create_task(bench.device.start_vring(2, VRING))
+    while "attach 1" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    distrusting = asyncio.create_task(bench.device.distrust(0, ERROR, zero_copy=True))
+    await asyncio.sleep(0.01)
+    bench.engine.held = set()
+    bench.engine.end_held()
+    await asyncio.wait_for(asyncio.gather(starting, distrusting), TIMEOUT_S)
+
+    assert bench.engine.attached == {0, 1}
+    bound = {call.split()[1]: call.split()[2] for call in bench.engine.calls if call.startswith("bound")}
+    assert bound == {"0": "copy", "1": "copy"}, "whatever they were before"
+
+
+async def test_driver_is_distrusted_whose_socket_it_was_though_the_port_has_moved_since(bench: Bench) -> None:
+    elsewhere = msgspec.structs.replace(
+        zero_copy_port().binding, serial=2, interface="eth8", ifindex=8, driver="other-nic"
+    )
+    bench.engine.held = {"prepare"}
+    moving = asyncio.create_task(bench.device.rebind(elsewhere))
+    while "prepare 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    distrusting = asyncio.create_task(bench.device.distrust(0, ERROR, zero_copy=True))
+    await asyncio.sleep(0)
+    bench.engine.held = set()
+    bench.engine.end_held()
+    await asyncio.wait_for(asyncio.gather(moving, distrusting), TIMEOUT_S)
+
+    assert bench.engine.calls[-1] == "bound 0 zero-copy", "the other driver has done nothing"
+    assert bench.troubles == [f"{SUSPECT}; going on in copy mode, as long as this worker lives"]
+    await bench.device.rebind(zero_copy_port().binding)
+    assert bench.engine.modes[-1] == "copy"
+
+
 async def test_failure_to_go_on_is_told_and_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(port_sockets, "ATTACH_AGAIN_AFTER_S", 0.001)
     bench.sockets.still_held = [HostError(errno.EBUSY, "still held")] * 2
