@@ -53,7 +53,9 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True):
     """Hardware queue of each queue pair, in order."""
     mtu_bytes: int
     frame_max_bytes: int
-    """What a NIC or the kernel may write into a guest buffer, without the virtio-net header."""
+    """The longest frame, without the virtio-net header."""
+    room_bytes: int
+    """What the kernel may write of it to one guest buffer, in copy mode; the rules of zero-copy mode have their own."""
     socket_mode: SocketMode
     zero_copy_rules: ZeroCopyRules | None = None
     """Set if `socket_mode` is `zero-copy`."""

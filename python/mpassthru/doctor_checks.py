@@ -259,7 +259,7 @@ def queues(interface: Interface, wanted: int = 1) -> Check:
 
 
 def mtu(interface: Interface) -> Check:
-    """Whether a frame fits one chunk."""
+    """Whether frames are not longer than a port carries."""
     try:
         frame_bytes = frame_max_bytes(interface)
     except RefusedError as error:

@@ -88,11 +88,11 @@ def test_interface_that_is_down(veth: Namespace, path: Path) -> None:
 
 
 def test_interface_with_frames_too_large(veth: Namespace, path: Path) -> None:
-    veth.run("ip", "link", "set", veth.ifname, "mtu", "9000")
+    veth.run("ip", "link", "set", veth.ifname, "mtu", "9217")
     line = refused(veth, veth.ifname, "--socket-path", str(path))
 
-    assert "MTU 9000" in line
-    assert "mtu 3822" in line
+    assert "MTU 9217" in line
+    assert "mtu 9216" in line
     assert_nothing_left(veth, path)
 
 

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from frames_in_place import WINDOW, frames_of, packet_socket, proving, receive_all, send_all
 
-from mpassthru.testing.attached_port import AttachedPort, attached_port
+from mpassthru.testing.attached_port import attached_port
 from mpassthru.testing.guest import BuiltinGuest
-from mpassthru.testing.guest_config import DEFAULT_FEATURES, BufferLayout, GuestConfig, Region, Source
+from mpassthru.testing.guest_config import DEFAULT_FEATURES, BufferLayout, GuestConfig, Region
 from mpassthru.testing.netns import Namespace, veth_namespace
 from mpassthru.vhost_user.features import VirtioFeature
 
 SIZES = range(60, 1515)
-ETH_P_ALL = 3
-PACKET_OUTGOING = 4
 NOT_MERGEABLE = DEFAULT_FEATURES & ~VirtioFeature.VIRTIO_NET_F_MRG_RXBUF
 LEGACY = NOT_MERGEABLE & ~VirtioFeature.VIRTIO_F_VERSION_1
 PACKED = DEFAULT_FEATURES | VirtioFeature.VIRTIO_F_RING_PACKED
-WINDOW = 16
-"""Frames on their way at once: fewer than any ring or socket buffer holds, so that none is lost."""
 
 RX_DIRECT = {
     "linux-default": GuestConfig(rx=BufferLayout(pieces=(1536,))),
@@ -71,65 +64,6 @@ def wire(request: pytest.FixtureRequest) -> Iterator[tuple[Namespace, str]]:
         yield namespace, request.param
 
 
-@contextmanager
-def packet_socket(namespace: Namespace) -> Iterator[socket.socket]:
-    """A socket at the wire's other end that sees every frame."""
-    with namespace.entered():
-        packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
-    with packets:
-        packets.bind((namespace.peer, ETH_P_ALL))
-        packets.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
-        packets.setblocking(False)
-        yield packets
-
-
-async def receive(packets: socket.socket, count: int) -> list[bytes]:
-    """The next frames that come out of the port."""
-    frames: list[bytes] = []
-    async with asyncio.timeout(10):
-        while len(frames) < count:
-            # Cut at nothing: one byte more than any frame may have.
-            frame, address = await asyncio.get_running_loop().sock_recvfrom(packets, 1519)
-            if address[2] != PACKET_OUTGOING:
-                frames.append(frame)
-    return frames
-
-
-def frames_of_every_size(seed: int) -> list[bytes]:
-    """One frame of each size, otherwise random."""
-    source = random.Random(seed)
-    return [b"\xff" * 6 + b"\x02\0\0\0\0\1" + b"\x88\xb5" + source.randbytes(size - 14) for size in SIZES]
-
-
-async def receive_every_size(
-    namespace: Namespace, port: AttachedPort, guest: BuiltinGuest, socket_of_peer: socket.socket
-) -> None:
-    """Send one frame of each size to the guest and compare what lies in its buffers."""
-    frames = frames_of_every_size(seed=len(guest.config.rx.pieces))
-    guest.start(rx="sink")
-    received: list[bytes] = []
-    for start in range(0, len(frames), WINDOW):
-        part = frames[start : start + WINDOW]
-        for frame in part:
-            socket_of_peer.send(frame)
-        sent = start + len(part)
-        await guest.wait_for(lambda c, sent=sent: c.rx_frames >= sent)
-        received += guest.take_captured()
-    assert received == frames
-    await guest.stop()
-    assert guest.violations() == {}
-    assert guest.check_canaries() == 0
-    assert (await port.until(lambda r: r.rx.frames >= len(frames))).rx.dropped == {}
-
-
-def proving(config: GuestConfig) -> GuestConfig:
-    return GuestConfig(
-        **{name: getattr(config, name) for name in ("regions", "queue_size", "features", "rx", "tx")},
-        canaries=True,
-        capture_frames=len(SIZES),
-    )
-
-
 @pytest.mark.parametrize("layout", RX_DIRECT)
 async def test_frame_of_every_size_lands_in_the_posted_buffer_without_a_copy(
     layout: str, wire: tuple[Namespace, str], tmp_path: Path
@@ -139,13 +73,13 @@ async def test_frame_of_every_size_lands_in_the_posted_buffer_without_a_copy(
     async with attached_port(namespace, path, "--xdp", xdp) as port:
         await port.until_said("ready")
         with packet_socket(namespace) as packets:
-            async with BuiltinGuest.connect(path, proving(RX_DIRECT[layout])) as guest:
-                await receive_every_size(namespace, port, guest, packets)
+            async with BuiltinGuest.connect(path, proving(RX_DIRECT[layout], len(SIZES))) as guest:
+                await receive_all(guest, packets, frames_of(SIZES, seed=1))
         report = await port.stop()
     assert report.rx.direct == report.rx.frames == len(SIZES)
     assert report.rx.bytes == sum(SIZES)
     assert report.rx.copied_bytes == 0
-    assert report.rx.bounced == {}
+    assert report.rx.bounced == report.rx.dropped == {}
 
 
 @pytest.mark.parametrize("layout", RX_BOUNCED)
@@ -158,12 +92,13 @@ async def test_frame_that_does_not_fit_in_one_piece_is_copied_once_and_counted(
     async with attached_port(namespace, path, "--xdp", xdp) as port:
         await port.until_said("ready")
         with packet_socket(namespace) as packets:
-            async with BuiltinGuest.connect(path, proving(config)) as guest:
-                await receive_every_size(namespace, port, guest, packets)
+            async with BuiltinGuest.connect(path, proving(config, len(SIZES))) as guest:
+                await receive_all(guest, packets, frames_of(SIZES, seed=2))
         report = await port.stop()
     assert report.rx.bounced == {reason: len(SIZES)}
     assert report.rx.copied_bytes == report.rx.bytes == sum(SIZES)
     assert report.rx.direct == 0
+    assert report.rx.dropped == {}
 
 
 @pytest.mark.parametrize("layout", TX_DIRECT)
@@ -172,19 +107,11 @@ async def test_frame_of_every_size_leaves_from_the_guests_buffers_without_a_copy
 ) -> None:
     namespace, xdp = wire
     path = tmp_path / "port.sock"
-    frames = frames_of_every_size(seed=len(TX_DIRECT[layout].tx.pieces))
     async with attached_port(namespace, path, "--xdp", xdp) as port:
         await port.until_said("ready")
         with packet_socket(namespace) as packets:
-            async with BuiltinGuest.connect(path, proving(TX_DIRECT[layout])) as guest:
-                for start in range(0, len(frames), WINDOW):
-                    part = tuple(frames[start : start + WINDOW])
-                    guest.start(source=Source(frames=part, count=len(part)))
-                    assert await receive(packets, len(part)) == list(part)
-                await guest.wait_for(lambda c: c.tx_frames == len(frames))
-                await guest.stop()
-                assert guest.violations() == {}
-                assert guest.check_canaries() == 0
+            async with BuiltinGuest.connect(path, proving(TX_DIRECT[layout], 0)) as guest:
+                await send_all(guest, packets, frames_of(SIZES, seed=3))
         report = await port.stop()
     assert report.tx.direct == report.tx.frames == len(SIZES)
     assert report.tx.bytes == sum(SIZES)
@@ -197,17 +124,13 @@ async def test_chain_of_more_pieces_than_a_packet_may_have_is_copied_and_arrives
 ) -> None:
     namespace, xdp = wire
     path = tmp_path / "port.sock"
-    frames = tuple(frames_of_every_size(seed=9)[-WINDOW:])
-    config = proving(GuestConfig(tx=BufferLayout(pieces=(12, *(50,) * 31), stride_bytes=61, offset_bytes=1)))
+    frames = frames_of(SIZES[-WINDOW:], seed=4)
+    config = proving(GuestConfig(tx=BufferLayout(pieces=(12, *(50,) * 31), stride_bytes=61, offset_bytes=1)), 0)
     async with attached_port(namespace, path, "--xdp", xdp) as port:
         await port.until_said("ready")
         with packet_socket(namespace) as packets:
             async with BuiltinGuest.connect(path, config) as guest:
-                guest.start(source=Source(frames=frames, count=len(frames)))
-                assert await receive(packets, len(frames)) == list(frames)
-                await guest.stop()
-                assert guest.violations() == {}
-                assert guest.check_canaries() == 0
+                await send_all(guest, packets, frames)
         report = await port.stop()
     assert report.tx.bounced == {"too_many_pieces": len(frames)}
     assert report.tx.copied_bytes == sum(map(len, frames))

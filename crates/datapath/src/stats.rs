@@ -33,6 +33,8 @@ reasons! {
         DriverUnproven => "driver_unproven",
         /// rx: the guest had posted fewer buffers than the driver must always have (zero-copy mode).
         FewBuffers => "few_buffers",
+        /// rx: longer than the UMEM's frames: it came in several pieces, and what was behind the first was moved.
+        LongFrame => "long_frame",
         /// rx: the kernel placed the frame at an unexpected offset.
         Shifted => "shifted",
         /// tx: shorter than the driver takes; padded.
@@ -202,9 +204,15 @@ const PLAIN: usize = 6;
 const WORDS: usize = PLAIN + BOUNCE + DROP + OFFLOAD;
 
 /// What one thread publishes and others read. Each figure is exact; a snapshot may be torn between figures.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Published {
     words: [AtomicU64; WORDS],
+}
+
+impl Default for Published {
+    fn default() -> Self {
+        Self { words: [const { AtomicU64::new(0) }; WORDS] }
+    }
 }
 
 impl Published {

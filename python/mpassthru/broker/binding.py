@@ -32,6 +32,7 @@ from mpassthru.netdev import (
     no_such_interface,
     other_queues_warning,
     read_link,
+    room_bytes,
     warnings_for,
 )
 from mpassthru.rules import ZeroCopyRules
@@ -210,6 +211,7 @@ async def take(
 def describe_binding(interface: Interface, options: AttachOptions, rules: ZeroCopyRules | None, serial: int) -> Binding:
     """What workers are told of an interface."""
     mode: Literal["packet", "copy", "zero-copy"] = "copy" if rules is None else "zero-copy"
+    frame_bytes = frame_max_bytes(interface)
     return Binding(
         serial=serial,
         interface=interface.name,
@@ -217,7 +219,8 @@ def describe_binding(interface: Interface, options: AttachOptions, rules: ZeroCo
         driver=interface.driver,
         queue_ids=options.queue_ids,
         mtu_bytes=interface.mtu_bytes,
-        frame_max_bytes=frame_max_bytes(interface),
+        frame_max_bytes=frame_bytes,
+        room_bytes=room_bytes(frame_bytes),
         socket_mode="packet" if options.mode == "packet" else mode,
         zero_copy_rules=rules,
     )

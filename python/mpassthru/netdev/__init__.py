@@ -6,12 +6,14 @@ Read an interface with `read_interface`, judge it with `checks`, price a guest w
 from mpassthru.netdev.address import read_address
 from mpassthru.netdev.af_xdp import bind_error, open_xsk_socket, probe_bind
 from mpassthru.netdev.checks import (
+    CHUNK_MTU_MAX_BYTES,
     FRAME_MAX_BYTES,
     MTU_MAX_BYTES,
     check_queue,
     frame_max_bytes,
     has_multi_buffer,
     other_queues_warning,
+    room_bytes,
     warnings_for,
 )
 from mpassthru.netdev.drivers import NO_ZERO_COPY, ZERO_COPY, DriverFacts
@@ -29,6 +31,7 @@ from mpassthru.netdev.umem_cost import UMEM_MAX_BYTES, UmemCost, format_bytes, u
 from mpassthru.netdev.zero_copy import Refusal, zero_copy_rules
 
 __all__ = [
+    "CHUNK_MTU_MAX_BYTES",
     "FRAME_MAX_BYTES",
     "MTU_MAX_BYTES",
     "NO_ZERO_COPY",
@@ -57,6 +60,7 @@ __all__ = [
     "read_address",
     "read_interface",
     "read_link",
+    "room_bytes",
     "umem_cost",
     "warnings_for",
     "zero_copy_rules",

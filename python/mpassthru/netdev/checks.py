@@ -9,6 +9,7 @@ from mpassthru.errors import RefusedError
 from mpassthru.netdev.af_xdp import CHUNK_SIZE_BYTES, XDP_PACKET_HEADROOM_BYTES
 from mpassthru.netdev.facts import Interface
 from mpassthru.netdev.netdev_family import kernel_version
+from mpassthru.rules import LINUX_BUFFER_ROOM_BYTES
 
 MULTI_BUFFER_SINCE: Final = (6, 6)
 """The kernel that first took frames of several pieces from AF_XDP and gave them to it (XDP_USE_SG)."""
@@ -17,7 +18,9 @@ ETHERNET_OVERHEAD_BYTES: Final = 14 + 4
 """Ethernet header and one VLAN tag; the FCS is not part of a frame here."""
 FRAME_MAX_BYTES: Final = CHUNK_SIZE_BYTES - XDP_PACKET_HEADROOM_BYTES
 """The longest frame that one chunk can take."""
-MTU_MAX_BYTES: Final = FRAME_MAX_BYTES - ETHERNET_OVERHEAD_BYTES
+CHUNK_MTU_MAX_BYTES: Final = FRAME_MAX_BYTES - ETHERNET_OVERHEAD_BYTES
+MTU_MAX_BYTES: Final = 9216
+"""Of frames in several chunks: the largest MTU that is common (crates/datapath, `xsk::LONG_FRAME_BYTES_MAX`)."""
 
 
 def has_multi_buffer(release: str | None = None) -> bool:
@@ -25,19 +28,36 @@ def has_multi_buffer(release: str | None = None) -> bool:
     return kernel_version(release or os.uname().release) >= MULTI_BUFFER_SINCE
 
 
-def frame_max_bytes(interface: Interface) -> int:
+def frame_max_bytes(interface: Interface, *, release: str | None = None) -> int:
     """The longest frame of the interface, without FCS.
 
+    Args:
+        interface: With its MTU.
+        release: Of the kernel, if not of the running one.
+
     Raises:
-        RefusedError: it does not fit one chunk; the message names the MTU that does.
+        RefusedError: it is longer than a port carries; the message names the MTU that fits.
     """
-    frame_bytes = interface.mtu_bytes + ETHERNET_OVERHEAD_BYTES
-    if frame_bytes > FRAME_MAX_BYTES:
+    limit_bytes = MTU_MAX_BYTES if has_multi_buffer(release) else CHUNK_MTU_MAX_BYTES
+    if interface.mtu_bytes > limit_bytes:
+        younger = "" if has_multi_buffer(release) else ", or Linux 6.6 or later"
         raise RefusedError(
-            f"cannot use {interface.name} with MTU {interface.mtu_bytes}: a frame of {frame_bytes} bytes does not fit "
-            f"one chunk; 'ip link set dev {interface.name} mtu {MTU_MAX_BYTES}' or less"
+            f"cannot use {interface.name} with MTU {interface.mtu_bytes}: its frames are longer than a port carries; "
+            f"'ip link set dev {interface.name} mtu {limit_bytes}' or less{younger}"
         )
-    return frame_bytes
+    return interface.mtu_bytes + ETHERNET_OVERHEAD_BYTES
+
+
+def room_bytes(frame_bytes: int, *, release: str | None = None) -> int:
+    """Room for a frame in each of the UMEM's chunks, in copy mode.
+
+    Longer frames arrive in several pieces, so that shorter ones still go straight to a Linux guest's buffers.
+
+    Args:
+        frame_bytes: The longest frame.
+        release: Of the kernel, if not of the running one.
+    """
+    return min(frame_bytes, LINUX_BUFFER_ROOM_BYTES) if has_multi_buffer(release) else frame_bytes
 
 
 def check_queue(interface: Interface, queue_id: int) -> None:

@@ -401,6 +401,7 @@ class PortSockets:
             queue_id=binding.queue_ids[queue_pair],
             mode="copy" if distrusted else binding.socket_mode,
             frame_max_bytes=rules.frame_room_bytes if rules else binding.frame_max_bytes,
+            room_bytes=None if rules else binding.room_bytes,
             zero_copy_rules=core_rules(rules) if rules else None,
         )
 

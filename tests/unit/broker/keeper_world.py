@@ -15,7 +15,7 @@ from mpassthru.broker.packet import NoSteering
 from mpassthru.broker.status import PortStatus
 from mpassthru.control import Binding
 from mpassthru.errors import HostError
-from mpassthru.netdev import Interface, Offloads, QueueCounts, XdpFeatures, XdpProgram
+from mpassthru.netdev import MTU_MAX_BYTES, Interface, Offloads, QueueCounts, XdpFeatures, XdpProgram
 from mpassthru.netdev.link_events import LinkEvent, LinkState
 
 NAMES = ("eth0", "eth1", "eth2")
@@ -54,7 +54,7 @@ class Nic:
             Need.INTERFACE: self.away,
             Need.UP: not self.up,
             Need.QUEUE: self.rx_queues < QUEUES,
-            Need.MTU: self.mtu_bytes > 3822,
+            Need.MTU: self.mtu_bytes > MTU_MAX_BYTES,
             Need.PROGRAM: self.program == THEIRS,
             Need.FREE_QUEUE: self.owned_queue is not None,
         }

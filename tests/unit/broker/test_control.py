@@ -28,6 +28,7 @@ BINDING = control.Binding(
     queue_ids=(3, 4),
     mtu_bytes=1500,
     frame_max_bytes=1518,
+    room_bytes=1518,
     socket_mode="copy",
 )
 CONFIGURATION = control.Configure(queue_pairs=2, poll="adaptive", binding=BINDING, unproven=(1,), uid=1000)

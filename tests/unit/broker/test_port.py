@@ -30,6 +30,7 @@ BINDING = control.Binding(
     queue_ids=(3, 4),
     mtu_bytes=1500,
     frame_max_bytes=1518,
+    room_bytes=1518,
     socket_mode="copy",
 )
 ZERO_COPY = msgspec.structs.replace(BINDING, socket_mode="zero-copy")

@@ -46,7 +46,7 @@ def test_report_of_loopback_fails_for_its_mtu_and_says_so_last() -> None:
     report = doctor.diagnose("lo")
     mtu = next(check for check in report.checks if check.name == "MTU")
     assert mtu.status == "fail"
-    assert "mtu 3822" in mtu.advice
+    assert "mtu 9216" in mtu.advice
     assert report.failed
     assert report.mode == "none"
     assert "A guest cannot be attached:" in shown(report)

@@ -10,6 +10,7 @@ import pytest
 
 from mpassthru.errors import HostError, RefusedError
 from mpassthru.netdev import (
+    CHUNK_MTU_MAX_BYTES,
     MTU_MAX_BYTES,
     NO_ZERO_COPY,
     UMEM_MAX_BYTES,
@@ -25,6 +26,7 @@ from mpassthru.netdev import (
     kernel_version,
     other_queues_warning,
     read_interface,
+    room_bytes,
     umem_cost,
     warnings_for,
 )
@@ -52,11 +54,25 @@ def test_frame_is_mtu_with_ethernet_header_and_vlan_tag() -> None:
     assert frame_max_bytes(PLAIN) == 1518
 
 
-def test_largest_mtu_fits_a_chunk_and_one_more_is_refused_with_the_mtu_that_fits() -> None:
-    assert frame_max_bytes(but(mtu_bytes=MTU_MAX_BYTES)) == 3840
-    with pytest.raises(RefusedError, match=r"eth9 with MTU 3823: .*mtu 3822'") as refusal:
-        frame_max_bytes(but(mtu_bytes=MTU_MAX_BYTES + 1))
+@pytest.mark.parametrize(
+    ("release", "limit_bytes", "advice"),
+    [
+        ("6.5.13", CHUNK_MTU_MAX_BYTES, "mtu 3822' or less, or Linux 6.6 or later"),
+        ("6.6.0-amd64", MTU_MAX_BYTES, "mtu 9216' or less"),
+    ],
+)
+def test_largest_mtu_is_taken_and_one_more_is_refused_with_the_mtu_that_fits(
+    release: str, limit_bytes: int, advice: str
+) -> None:
+    assert frame_max_bytes(but(mtu_bytes=limit_bytes), release=release) == limit_bytes + 18
+    with pytest.raises(RefusedError, match=rf"eth9 with MTU {limit_bytes + 1}: .*{advice}$") as refusal:
+        frame_max_bytes(but(mtu_bytes=limit_bytes + 1), release=release)
     assert "\n" not in str(refusal.value)
+
+
+def test_chunks_have_room_for_what_a_linux_guests_buffers_take_where_frames_may_come_in_pieces() -> None:
+    assert (room_bytes(1518, release="6.6.1"), room_bytes(1518, release="6.1.0-49-amd64")) == (1518, 1518)
+    assert (room_bytes(9018, release="6.6.1"), room_bytes(3840, release="6.1.0-49-amd64")) == (1524, 3840)
 
 
 @pytest.mark.parametrize("queue_id", [-1, 2])

@@ -54,6 +54,7 @@ def binding(queues: int = 1, *, serial: int = 1, ifindex: int = 7) -> control.Bi
         queue_ids=tuple(range(queues)),
         mtu_bytes=1500,
         frame_max_bytes=1518,
+        room_bytes=1518,
         socket_mode="copy",
     )
 

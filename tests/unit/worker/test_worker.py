@@ -27,6 +27,7 @@ BINDING = control.Binding(
     queue_ids=(0,),
     mtu_bytes=1500,
     frame_max_bytes=1518,
+    room_bytes=1518,
     socket_mode="copy",
 )
 CONFIGURATION = control.Configure(queue_pairs=1, poll="adaptive", binding=BINDING)

@@ -8,15 +8,20 @@
 //! so that a frame that arrives in the slab always finds its buffers. Only a driver that must not run out of buffers gets
 //! more; what arrives there may be lost, as it would be without.
 //!
+//! A frame longer than the UMEM's frames arrives in several pieces: see [`assembly`].
+//!
 //! Invariant: a head is in exactly one place: `posted`, `waiting`, or used.
+
+mod assembly;
 
 use std::collections::VecDeque;
 
+use self::assembly::{Pieces, Rest};
 use super::inflight::InFlight;
 use super::slab::Slab;
 use super::vring::{HEADER_BYTES_MAX, Vring};
 use crate::error::{BurstError, QueueFault, UnknownAnswer};
-use crate::guest_memory::{GuestMemory, Segment, UmemAddr};
+use crate::guest_memory::{Segment, UmemAddr};
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::virtqueue::{CHAIN_DESCS_MAX, Direction, Taken};
 use crate::xsk::{CHUNK_BYTES, DriverRules, RX_RING_DESCS, RxDesc, UmemLayout, XskSocket};
@@ -35,11 +40,20 @@ const HEADER: [u8; HEADER_BYTES_MAX] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0
 const HEADER_12: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 pub(super) const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 
+/// The header of a packet that is spread over `heads` buffers.
+fn header_of(heads: u16) -> [u8; HEADER_BYTES_MAX] {
+    let mut header = HEADER;
+    header[NUM_BUFFERS].copy_from_slice(&heads.to_le_bytes());
+    header
+}
+
 /// A guest buffer in the fill ring.
 #[derive(Debug, Clone, Copy, Default)]
 struct Posted {
     position: u64,
     header: UmemAddr,
+    /// Bytes from the header to the end of its piece of memory.
+    room: u32,
     head: u16,
 }
 
@@ -61,7 +75,8 @@ struct Waiting {
 /// How a buffer can take a frame.
 enum Fit {
     Direct {
-        header: UmemAddr,
+        /// The piece that begins with the header.
+        first: Segment,
         frame: UmemAddr,
     },
     Bounce(BounceReason),
@@ -81,6 +96,9 @@ pub(super) struct Rx {
     /// Smallest capacity among waiting heads, or less: it only shrinks while slab frames are posted.
     waiting_min_bytes: u32,
     chain: Vec<Segment>,
+    /// Whether frames may arrive in several pieces.
+    assembles: bool,
+    pieces: Pieces,
 }
 
 impl Rx {
@@ -93,6 +111,8 @@ impl Rx {
             waiting_segments: VecDeque::with_capacity(WAITING_SEGMENTS_MAX),
             waiting_min_bytes: u32::MAX,
             chain: Vec::with_capacity(CHAIN_DESCS_MAX),
+            assembles: false,
+            pieces: Pieces::new(),
         }
     }
 
@@ -108,8 +128,12 @@ impl Rx {
     /// The driver broke the ring protocol, or the kernel answered what it was not asked; what was received before is
     /// delivered.
     pub fn burst(&mut self, xsk: &mut XskSocket, slab: &mut Slab, counts: &mut Counts) -> Result<u32, BurstError> {
-        let received = xsk.rx_peek().min(BURST);
-        let delivered = (0..received).try_for_each(|_| self.deliver(xsk, slab, counts));
+        let (received, delivered) = if self.assembles {
+            self.receive_pieces(BURST, xsk, slab, counts)
+        } else {
+            let received = xsk.rx_peek().min(BURST);
+            (received, (0..received).try_for_each(|_| self.deliver(xsk.rx_read(), xsk, slab, counts)))
+        };
         if received > 0 {
             xsk.rx_release();
             self.vring.queue.publish_used();
@@ -125,10 +149,15 @@ impl Rx {
         Ok(received + refilled?)
     }
 
-    /// The next frame of the rx ring.
-    #[inline]
-    fn deliver(&mut self, xsk: &mut XskSocket, slab: &mut Slab, counts: &mut Counts) -> Result<(), UnknownAnswer> {
-        let desc = xsk.rx_read();
+    /// A frame in one piece. There is a second caller, where frames may have more; the first one shall not pay for that.
+    #[inline(always)]
+    fn deliver(
+        &mut self,
+        desc: RxDesc,
+        xsk: &mut XskSocket,
+        slab: &mut Slab,
+        counts: &mut Counts,
+    ) -> Result<(), UnknownAnswer> {
         if slab.owns(desc.fill) {
             slab.give_back(desc.fill)?;
             self.deliver_copy(desc, counts);
@@ -140,7 +169,7 @@ impl Rx {
     }
 
     /// A frame that the kernel or the NIC put into a guest buffer.
-    #[inline]
+    #[inline(always)]
     fn deliver_in_place(&mut self, desc: RxDesc, posted: Posted, xsk: &mut XskSocket, counts: &mut Counts) {
         if !self.vring.enabled {
             counts.dropped(DropReason::Disabled);
@@ -179,6 +208,7 @@ impl Rx {
     }
 
     /// A frame in the slab: copied to as many waiting heads as it needs.
+    #[inline(always)]
     fn deliver_copy(&mut self, desc: RxDesc, counts: &mut Counts) {
         if !self.vring.enabled {
             counts.dropped(DropReason::Disabled);
@@ -193,19 +223,27 @@ impl Rx {
             }
         };
         counts.bounced(desc.len, self.waiting[0].reason);
-        let mut header = HEADER;
-        header[NUM_BUFFERS].copy_from_slice(&(heads as u16).to_le_bytes());
-        let mut left = Frame { header: &header[..self.vring.header_len as usize], at: desc.frame, len: desc.len };
+        let header = header_of(heads as u16);
+        let piece = std::iter::once(Segment { addr: desc.frame, len: desc.len });
+        let mut left = Rest::new(&header[..self.vring.header_len as usize], piece);
         for _ in 0..heads {
-            let Some(head) = self.waiting.pop_front() else { break };
-            let before = left.bytes();
-            for _ in 0..head.segments {
-                let Some(segment) = self.waiting_segments.pop_front() else { break };
-                let written = left.copy_into(self.vring.queue.memory(), segment, counts);
-                self.vring.queue.log_buffer(segment.addr, u64::from(written));
-            }
-            self.vring.queue.push_used(head.taken.head, before - left.bytes());
+            self.fill_waiting(&mut left, counts);
         }
+    }
+
+    /// Copies as much of a frame as the next waiting head takes, and uses it. Returns its capacity.
+    #[inline(always)]
+    fn fill_waiting(&mut self, left: &mut Rest<'_, impl Iterator<Item = Segment>>, counts: &mut Counts) -> u32 {
+        let Some(head) = self.waiting.pop_front() else { return u32::MAX };
+        let mut used = 0;
+        for _ in 0..head.segments {
+            let Some(segment) = self.waiting_segments.pop_front() else { break };
+            let written = left.copy_into(self.vring.queue.memory(), segment, counts);
+            self.vring.queue.log_buffer(segment.addr, u64::from(written));
+            used += written;
+        }
+        self.vring.queue.push_used(head.taken.head, used);
+        head.capacity_bytes
     }
 
     /// Number of waiting heads that hold `total_bytes`.
@@ -228,6 +266,7 @@ impl Rx {
         let available = self.vring.queue.available()?.min(REFILL_BURST);
         if available > 0 {
             self.socket = Some((xsk.layout, xsk.rules));
+            self.assembles = xsk.is_multi_buffer();
         }
         let surplus = slab.used() > self.waiting.len();
         let plain_min = if surplus { u32::MAX } else { self.plain_buffer_min(&xsk.rules) };
@@ -238,7 +277,7 @@ impl Rx {
             let taken = match self.vring.queue.take_single(Direction::DeviceWrites)? {
                 Some((taken, buffer)) => {
                     if let Some(frame) = self.plain(xsk, buffer, plain_min) {
-                        self.post(xsk, taken, buffer.addr, frame);
+                        self.post(xsk, taken, buffer, frame);
                         count += 1;
                         continue;
                     }
@@ -258,7 +297,7 @@ impl Rx {
                 Fit::Direct { .. } if can_wait && slab.used() > self.waiting.len() => {
                     self.wait(taken, BounceReason::FewBuffers);
                 }
-                Fit::Direct { header, frame } => self.post(xsk, taken, header, frame),
+                Fit::Direct { first, frame } => self.post(xsk, taken, first, frame),
                 Fit::Bounce(reason) if can_wait => self.wait(taken, reason),
                 Fit::Bounce(_) => {
                     self.vring.queue.untake(taken);
@@ -274,16 +313,17 @@ impl Rx {
     }
 
     #[inline]
-    fn post(&mut self, xsk: &mut XskSocket, taken: Taken, header: UmemAddr, frame: UmemAddr) {
+    fn post(&mut self, xsk: &mut XskSocket, taken: Taken, first: Segment, frame: UmemAddr) {
         let entry = xsk.layout.fill_address(frame);
-        self.posted.insert(entry, Posted { position: taken.position, header, head: taken.head });
+        let posted = Posted { position: taken.position, header: first.addr, room: first.len, head: taken.head };
+        self.posted.insert(entry, posted);
         fill(xsk, entry);
     }
 
     /// Length from which on a buffer in one piece takes every frame, wherever it starts: in most queues all do.
     fn plain_buffer_min(&self, rules: &DriverRules) -> u32 {
         let header_len = self.vring.header_len;
-        if !rules.direct || rules.rx_write_before > header_len {
+        if !rules.direct || rules.rx_write_before > header_len || (self.assembles && !self.vring.mergeable) {
             return u32::MAX;
         }
         header_len.saturating_add(rules.rx_write_max).saturating_add(rules.rx_write_align - 1)
@@ -303,9 +343,18 @@ impl Rx {
         xsk.rules.is_contiguous(queue.memory(), entry, CHUNK_BYTES, frame, queue.region_hint())
     }
 
-    /// Decides whether a frame can land in the guest's own memory (kernel-facts, section 10).
-    #[inline]
+    /// Decides whether a frame, or any piece of one, can land in the guest's own memory (kernel-facts, section 10). A frame
+    /// that needs several buffers is for those that can be merged, and are one piece of memory each.
     fn fit(&self, xsk: &XskSocket) -> Fit {
+        match self.fit_for_one(xsk) {
+            Fit::Direct { .. } if self.assembles && !self.vring.mergeable => Fit::Bounce(BounceReason::LongFrame),
+            Fit::Direct { .. } if self.assembles && self.chain.len() > 1 => Fit::Bounce(BounceReason::SplitBuffer),
+            fit => fit,
+        }
+    }
+
+    #[inline]
+    fn fit_for_one(&self, xsk: &XskSocket) -> Fit {
         let header_len = self.vring.header_len;
         let Some(first) = self.chain.first().filter(|_| capacity_bytes(&self.chain) >= header_len) else {
             return Fit::Useless;
@@ -313,7 +362,7 @@ impl Rx {
         if first.len > header_len {
             let frame = first.addr.plus(u64::from(header_len));
             match self.takes(xsk, frame, first.len - header_len) {
-                Ok(()) => return Fit::Direct { header: first.addr, frame },
+                Ok(()) => return Fit::Direct { first: *first, frame },
                 Err(reason) if self.chain.len() == 1 => return Fit::Bounce(reason),
                 Err(_) => return Fit::Bounce(BounceReason::SplitBuffer),
             }
@@ -322,7 +371,7 @@ impl Rx {
             // The header has a descriptor of its own (legacy drivers, big mode): nothing may be written before the frame.
             Some(second) if first.len == header_len && xsk.rules.rx_write_before == 0 => {
                 match self.takes(xsk, second.addr, second.len) {
-                    Ok(()) => Fit::Direct { header: first.addr, frame: second.addr },
+                    Ok(()) => Fit::Direct { first: *first, frame: second.addr },
                     Err(reason) => Fit::Bounce(reason),
                 }
             }
@@ -433,34 +482,6 @@ fn fill(xsk: &mut XskSocket, entry: UmemAddr) {
 #[inline]
 fn capacity_bytes(chain: &[Segment]) -> u32 {
     chain.iter().fold(0u32, |sum, segment| sum.saturating_add(segment.len))
-}
-
-/// The part of a frame that is still to be copied: header bytes of ours, then payload in the slab.
-struct Frame<'a> {
-    header: &'a [u8],
-    at: UmemAddr,
-    len: u32,
-}
-
-impl Frame<'_> {
-    fn bytes(&self) -> u32 {
-        self.header.len() as u32 + self.len
-    }
-
-    /// Copies as much as fits into `to`; returns its length.
-    fn copy_into(&mut self, memory: &GuestMemory, to: Segment, counts: &mut Counts) -> u32 {
-        let header = self.header.len().min(to.len as usize);
-        memory.write(to.addr, &self.header[..header]);
-        self.header = &self.header[header..];
-        let payload = self.len.min(to.len - header as u32);
-        if payload > 0 {
-            memory.copy(self.at, to.addr.plus(header as u64), payload);
-            counts.copied_bytes += u64::from(payload);
-            self.at = self.at.plus(u64::from(payload));
-            self.len -= payload;
-        }
-        header as u32 + payload
-    }
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ fn test_names_are_in_step_with_the_variants() {
         Unregistered: "unregistered",
         DriverUnproven: "driver_unproven",
         FewBuffers: "few_buffers",
+        LongFrame: "long_frame",
         Shifted: "shifted",
         ShortFrame: "short_frame",
         TooManyPieces: "too_many_pieces",

@@ -29,7 +29,7 @@ const PIECES_MAX: usize = 18;
 /// What became of a frame from the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Received {
-    /// It is in the rx ring, and starts here.
+    /// It is in the rx ring, and its first piece starts here.
     At(UmemAddr),
     /// No fill entry.
     NoBuffer,
@@ -134,11 +134,11 @@ impl TestKernel {
         self.fill.peek() as usize + self.free_list.len()
     }
 
-    /// A frame arrives from the wire, and the XDP program redirects it to the socket. It starts `shift` bytes further on
-    /// than computed.
+    /// A frame arrives from the wire, and the XDP program redirects it to the socket. If it comes in one piece, it starts
+    /// `shift` bytes further on than computed.
     pub fn receive(&mut self, frame: &[u8], shift: u64) -> Received {
         if frame.len() > self.layout.frame_max as usize {
-            return Received::Oversize;
+            return self.receive_pieces(frame);
         }
         let Some(fill) = self.allocate() else { return Received::NoBuffer };
         let offset = self.layout.frame_offset() + shift;
@@ -166,6 +166,38 @@ impl TestKernel {
         assert!(self.completion.free(1) > 0, "the completion ring has room");
         self.completion.write(addr.0);
         self.completion.submit();
+    }
+
+    /// A frame that takes several fill entries (`net/xdp/xsk.c`: __xsk_rcv).
+    fn receive_pieces(&mut self, frame: &[u8]) -> Received {
+        if self.frame_max <= self.layout.frame_max {
+            return Received::Oversize;
+        }
+        self.receive_first_pieces(frame, 0)
+    }
+
+    /// The pieces of a frame, and none of the last `lost`, as from a kernel that has lost its way.
+    pub fn receive_first_pieces(&mut self, frame: &[u8], lost: usize) -> Received {
+        let pieces = frame.chunks(self.layout.frame_max as usize);
+        if self.free_list.len() + (self.fill.peek() as usize) < pieces.len() {
+            return Received::NoBuffer;
+        }
+        if (self.rx.free(pieces.len() as u32) as usize) < pieces.len() {
+            return Received::RingFull;
+        }
+        let offset = self.layout.frame_offset();
+        let mut first = None;
+        let last = pieces.len() - 1;
+        for (index, piece) in pieces.enumerate().take(last + 1 - lost) {
+            let fill = self.allocate().unwrap();
+            let at = UmemAddr(fill + offset);
+            self.memory.write(at, piece);
+            let options = if index < last { libc::XDP_PKT_CONTD } else { 0 };
+            self.rx.write(libc::xdp_desc { addr: fill | offset << OFFSET_SHIFT, len: piece.len() as u32, options });
+            first.get_or_insert(at);
+        }
+        self.rx.submit();
+        Received::At(first.unwrap())
     }
 
     /// The XDP program drops or passes a frame that has been put into a buffer already.

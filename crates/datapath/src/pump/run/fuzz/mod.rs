@@ -55,7 +55,7 @@ fn run(bytes: &[u8], racing: bool) {
     let mut bytes = Unstructured::new(bytes);
     // The large plan is for one case in sixteen.
     let choice = bytes.arbitrary::<u8>().unwrap_or(0);
-    let plan = [0, 1, 2, 3, 0, 2, 0, 3, 0, 2, 0, 0, 0, 2, 0, 3][usize::from(choice % 16)];
+    let plan = [0, 1, 2, 3, 0, 2, 4, 3, 0, 2, 4, 0, 0, 4, 0, 3][usize::from(choice % 16)];
     // A panic leaves no world behind.
     let world = WORLDS.with_borrow_mut(|worlds| worlds[plan].take()).unwrap_or_else(|| World::new(PLANS[plan]));
     let lock = if choice >> 6 == 1 { SourceLock::to(&[offload::SOURCE]) } else { SourceLock::open() };

@@ -414,11 +414,14 @@ impl Case<'_> {
         let frame_max = self.world.plan.frame_max;
         let len = if self.rarely(2)? { frame_max } else { u32::from(self.bytes.arbitrary::<u16>()?) % (frame_max + 8) };
         let shift = if self.rarely(8)? { u64::from(self.byte()? & 0x1f) } else { 0 };
-        let shift = shift.min(u64::from(frame_max.saturating_sub(len)));
+        let room = self.world.plan.room;
+        let shift = shift.min(u64::from(room.saturating_sub(len)));
         self.while_attached(|case| {
             let frame: Vec<u8> = (0..len).map(|i| (i ^ 0x35) as u8).collect();
             for _ in 0..count {
-                if let Received::At(at) = case.world.kernel.receive(&frame, shift) {
+                if let Received::At(at) = case.world.kernel.receive(&frame, shift)
+                    && len <= room
+                {
                     case.write_around(UmemAddr(at.0 - shift), shift + u64::from(len));
                 }
             }

@@ -14,10 +14,12 @@ use crate::pump::slab::Slab;
 use crate::pump::vring::Vring;
 use crate::stats::{Counts, DropReason};
 use crate::xsk::test_kernel::{Received, TestKernel};
-use crate::xsk::{BindMode, UmemLayout, XskSocket};
+use crate::xsk::{BindMode, LONG_FRAME_BYTES_MAX, UmemLayout, XskSocket};
 
 pub const QUEUE_SIZE: u16 = 64;
 const SLOT_BYTES: u64 = 8192;
+/// Of a bench for long frames.
+const LONG_SLOT_BYTES: u64 = 16384;
 const SLOTS_AT: u64 = 0x1_0000;
 pub const MEMORY_END: u64 = SLOTS_AT + SLOT_BYTES * QUEUE_SIZE as u64;
 const TABLES: IndirectTables = IndirectTables { start: GuestPhysAddr(0x4000), entries: 16 };
@@ -33,10 +35,16 @@ pub struct Delivered {
     pub num_buffers: u16,
 }
 
+/// Those of a driver of today, which can merge buffers or not.
+pub fn features(mergeable: bool) -> u64 {
+    VIRTIO_F_VERSION_1 | if mergeable { VIRTIO_NET_F_MRG_RXBUF } else { 0 }
+}
+
 pub struct Bench {
     guest: Guest,
     layout: RingLayout,
     features: u64,
+    slot_bytes: u64,
     pub umem: UmemLayout,
     pub driver: QueueDriver,
     pub rx: Rx,
@@ -48,8 +56,8 @@ pub struct Bench {
     posted: HashMap<u16, (u64, Vec<Segment>)>,
     free_slots: Vec<u64>,
     next_frame: u64,
-    /// Frames in the rx ring or in the guest's hands: whether they lie in the guest's own memory as they should.
-    pub in_place: HashMap<u64, bool>,
+    /// Frames in the rx ring or in the guest's hands: how many bytes lie in the guest's own memory where they should.
+    pub in_place: HashMap<u64, u32>,
     /// Parts of a frame whose other heads are not used yet; none between bursts.
     partial: VecDeque<Used>,
     /// Heads that came back without a frame.
@@ -58,7 +66,7 @@ pub struct Bench {
 
 impl Bench {
     pub fn new(mergeable: bool, frame_max: u32) -> Self {
-        Self::of(VIRTIO_F_VERSION_1 | if mergeable { VIRTIO_NET_F_MRG_RXBUF } else { 0 }, frame_max)
+        Self::of(features(mergeable), frame_max)
     }
 
     /// With these features.
@@ -68,18 +76,29 @@ impl Bench {
 
     /// In this guest, whose memory from 0 to [`MEMORY_END`] is rings and slots.
     pub fn over(guest: &Guest, features: u64, frame_max: u32) -> Self {
-        let guest = guest.clone();
+        Self::for_frames(guest.clone(), frame_max, features, frame_max, SLOT_BYTES)
+    }
+
+    /// For frames of up to [`LONG_FRAME_BYTES_MAX`] bytes, in pieces of up to `room` bytes.
+    pub fn for_long_frames(features: u64, room: u32) -> Self {
+        let memory_end = SLOTS_AT + LONG_SLOT_BYTES * u64::from(QUEUE_SIZE);
+        let guest = Guest::new(&[RegionConfig::memfd(0, memory_end)]);
+        Self::for_frames(guest, LONG_FRAME_BYTES_MAX, features, room, LONG_SLOT_BYTES)
+    }
+
+    fn for_frames(guest: Guest, frame_max: u32, features: u64, room: u32, slot_bytes: u64) -> Self {
         let layout = RingLayout::contiguous(GuestPhysAddr(0), QUEUE_SIZE);
         let packed = features & VIRTIO_F_RING_PACKED != 0;
         let mut driver = QueueDriver::new(&guest.vmm, layout, false, packed).unwrap();
         driver.use_indirect_tables(TABLES).unwrap();
         let rx = Rx::new(Vring::new(guest.memory.clone(), guest.vring_config(&layout, features)).unwrap());
-        let umem = UmemLayout::for_frames(frame_max).unwrap();
-        let (kernel, xsk) = TestKernel::bind(&guest.memory, umem, BindMode::Copy);
+        let umem = UmemLayout::for_frames(room).unwrap();
+        let (kernel, xsk) = TestKernel::bind_for(frame_max, &guest.memory, umem, BindMode::Copy);
         Self {
             guest,
             layout,
             features,
+            slot_bytes,
             umem,
             driver,
             rx,
@@ -88,7 +107,7 @@ impl Bench {
             slab: Slab::new(0, 0),
             counts: Counts::default(),
             posted: HashMap::new(),
-            free_slots: (0..u64::from(QUEUE_SIZE)).map(|slot| SLOTS_AT + slot * SLOT_BYTES).collect(),
+            free_slots: (0..u64::from(QUEUE_SIZE)).map(|slot| SLOTS_AT + slot * slot_bytes).collect(),
             next_frame: 0,
             in_place: HashMap::new(),
             partial: VecDeque::new(),
@@ -105,10 +124,10 @@ impl Bench {
             pieces.push(Segment::writable(GuestPhysAddr(at + gap), len));
             at += gap + u64::from(len);
         }
-        assert!(at <= slot + SLOT_BYTES, "a shape fits a slot");
+        assert!(at <= slot + self.slot_bytes, "a shape fits a slot");
         let added = if indirect { self.driver.add_indirect(&pieces) } else { self.driver.add(&pieces) };
         let Ok(head) = added else { return false };
-        self.guest.vmm.write(GuestPhysAddr(slot), &vec![GUARD; SLOT_BYTES as usize]).unwrap();
+        self.guest.vmm.write(GuestPhysAddr(slot), &vec![GUARD; self.slot_bytes as usize]).unwrap();
         self.free_slots.pop();
         self.posted.insert(head, (slot, pieces));
         true
@@ -127,7 +146,8 @@ impl Bench {
         let received = self.kernel.receive(&frame(self.next_frame, len), shift);
         if let Received::At(at) = received {
             let in_guest = at.0 >= self.guest.memory.slab_bytes();
-            self.in_place.insert(self.next_frame, in_guest && shift == 0);
+            let piece = len.min(self.umem.frame_max);
+            self.in_place.insert(self.next_frame, if in_guest && shift == 0 { piece } else { 0 });
             self.next_frame += 1;
         }
         received
@@ -172,7 +192,9 @@ impl Bench {
             return None;
         }
         let mut bytes = Vec::new();
-        for used in std::mem::take(&mut self.partial) {
+        for (index, used) in std::mem::take(&mut self.partial).into_iter().enumerate() {
+            let capacity: u32 = self.posted[&used.head].1.iter().map(|piece| piece.len).sum();
+            assert!(index + 1 == usize::from(num_buffers) || used.len == capacity, "all buffers but the last are full");
             bytes.extend(self.content(used));
             self.release(used);
         }
@@ -200,7 +222,7 @@ impl Bench {
     /// Asserts that nothing outside a head's pieces was written.
     fn assert_guarded(&self, head: u16) {
         let (slot, pieces) = &self.posted[&head];
-        let mut bytes = vec![0; SLOT_BYTES as usize];
+        let mut bytes = vec![0; self.slot_bytes as usize];
         self.guest.vmm.read(GuestPhysAddr(*slot), &mut bytes).unwrap();
         for piece in pieces {
             let start = (piece.address.0 - slot) as usize;
@@ -212,7 +234,8 @@ impl Bench {
     /// Closes the socket, gives everything back, and checks that each head is used once or in the avail ring.
     pub fn stop(&mut self) -> Vec<Delivered> {
         // A closed socket has let go of its memory: a new one takes its place.
-        (self.kernel, self.xsk) = TestKernel::bind(&self.guest.memory, self.umem, BindMode::Copy);
+        let frame_max = self.xsk.frame_max;
+        (self.kernel, self.xsk) = TestKernel::bind_for(frame_max, &self.guest.memory, self.umem, BindMode::Copy);
         self.rx.recall(&mut self.slab);
         let delivered = self.take();
         let settled = self.driver.settle(self.rx.vring.queue.base()).unwrap();
