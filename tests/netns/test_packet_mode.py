@@ -15,9 +15,10 @@ from mpassthru.errors import HostError
 from mpassthru.testing.attached_port import AttachedPort, attached_port
 from mpassthru.testing.child import ChildError
 from mpassthru.testing.guest import BuiltinGuest
-from mpassthru.testing.guest_config import BufferLayout, GuestConfig, Pattern, Source
+from mpassthru.testing.guest_config import DEFAULT_FEATURES, BufferLayout, GuestConfig, Pattern, Source
 from mpassthru.testing.netns import Namespace
 from mpassthru.testing.wire import PacketWire
+from mpassthru.vhost_user.features import VirtioFeature
 
 SIZES = (60, 61, 590, 1513, 1514)
 FRAMES = 4000
@@ -85,6 +86,26 @@ async def test_frames_wait_for_the_guests_buffers(veth: Namespace, tmp_path: Pat
         guest.start(rx="check")
         counted = await guest.wait_for(lambda counters: counters.rx_frames == frames)
     assert (counted.check_good, counted.check_missing) == (frames, 0)
+
+
+@pytest.mark.parametrize("layout", ["split", "packed"])
+@pytest.mark.parametrize("pieces", [(256,), (12, 500), (12, 200, 300)])
+async def test_frame_longer_than_all_that_a_guest_can_post_is_dropped_and_others_go_on(
+    veth: Namespace, tmp_path: Path, pieces: tuple[int, ...], layout: str
+) -> None:
+    features = DEFAULT_FEATURES | (VirtioFeature.VIRTIO_F_RING_PACKED if layout == "packed" else 0)
+    config = GuestConfig(queue_size=4, features=features, rx=BufferLayout(pieces=pieces), capture_frames=2)
+    longest = sum(pieces) * (config.queue_size // len(pieces)) - 12
+    short, whole, long = (bytes(6) + bytes(range(6)) + bytes(size - 12) for size in (60, longest, longest + 1))
+    async with PacketWire(veth.peer_ifindex) as wire, packet_port(veth, tmp_path, config) as (port, guest):
+        guest.start(rx="sink")
+        for frame in (long, short, whole):
+            wire.send_frame(frame)
+        await guest.wait_for(lambda counters: counters.rx_frames == 2)
+        report = await port.until(lambda report: report.rx.frames == 2)
+        assert guest.take_captured() == [short, whole]
+        assert not guest.violations()
+    assert report.rx.dropped == {"buffer_too_small": 1}
 
 
 async def test_vlan_tag_that_the_kernel_took_off_is_put_back(veth: Namespace, tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ impl Place<'_> {
                 false => None,
             };
             let Some(head) = head else {
-                let all = self.heads.len() >= usize::from(vring.queue.size());
+                let all = self.has_whole_ring(vring);
                 return Ok(if all { Delivery::Dropped(DropReason::BufferTooSmall) } else { Delivery::Starved });
             };
             self.heads.push((head, self.chain.len()));
@@ -300,6 +300,13 @@ impl Place<'_> {
             }
         }
         Ok(Delivery::Done)
+    }
+
+    /// Whether the driver cannot post one more buffer like these.
+    #[cold]
+    fn has_whole_ring(&self, vring: &Vring) -> bool {
+        let descs = self.heads.iter().map(|(head, _)| usize::from(vring.queue.descs_of(*head)));
+        descs.clone().min().is_some_and(|shortest| descs.sum::<usize>() + shortest > usize::from(vring.queue.size()))
     }
 }
 

@@ -84,6 +84,18 @@ pub(super) fn walk(
     Err(QueueFault::ChainTooLong { head, limit: CHAIN_DESCS_MAX as u32 })
 }
 
+/// Number of descriptors of the queue's own table in the chain that starts at `head`. Whatever the driver has made of it
+/// since it was walked, that is a number and nothing else.
+pub(super) fn count(memory: &GuestMemory, queue: Table, head: u16) -> u16 {
+    let mut desc = queue.read(memory, head);
+    let mut descs = 1;
+    while desc.has_next() && u32::from(desc.next) < queue.size && descs < CHAIN_DESCS_MAX as u16 {
+        desc = queue.read(memory, desc.next);
+        descs += 1;
+    }
+    descs
+}
+
 /// Translates one buffer. It may lie across regions that the guest sees as one range.
 #[inline]
 pub(super) fn append(

@@ -503,6 +503,11 @@ impl PackedQueue {
         Ok(Taken { head: chain.id, position: self.again_taken - 1 })
     }
 
+    /// Number of the ring's descriptors that a chain holds.
+    pub fn descs_of(&self, id: u16) -> u16 {
+        self.descs[usize::from(id)]
+    }
+
     /// Gives back the chain taken last: it stays in the ring.
     #[inline(never)]
     pub fn untake(&mut self, taken: Taken) {

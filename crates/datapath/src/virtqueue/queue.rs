@@ -162,6 +162,12 @@ impl Virtqueue {
         }
     }
 
+    /// Number of the ring's descriptors that a head that was taken and not used holds.
+    #[cold]
+    pub fn descs_of(&self, taken: Taken) -> u16 {
+        each!(&self.rings, rings => rings.descs_of(taken.head))
+    }
+
     /// Gives back the head taken last: it stays in the ring.
     #[inline]
     pub fn untake(&mut self, taken: Taken) {

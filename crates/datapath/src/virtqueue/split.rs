@@ -317,6 +317,12 @@ impl SplitQueue {
         Taken { head, position: self.again_taken - 1 }
     }
 
+    /// Number of the ring's descriptors that a head holds: one if they are in a table of its own.
+    pub fn descs_of(&self, head: u16) -> u16 {
+        let table = Table { start: self.desc, size: u32::from(self.size) };
+        chain::count(&self.memory, table, head)
+    }
+
     /// Gives back the head taken last: the driver's entry stays in the avail ring.
     #[inline]
     pub fn untake(&mut self, taken: Taken) {

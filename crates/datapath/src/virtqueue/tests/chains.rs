@@ -45,6 +45,18 @@ fn test_chains_of_every_shape_are_walked_in_order() {
 }
 
 #[test]
+fn test_a_chain_counts_the_descriptors_that_it_holds_in_the_ring_and_ends_whatever_it_has_become() {
+    let guest = guest();
+    let pieces = [writable(0x9000, 100, Some(1)), writable(FAR, 5, Some(2)), indirect(TABLE, 32)];
+    let queue = with(&guest, &pieces, TABLE, &pieces);
+    assert_eq!([0, 1, 2].map(|head| queue.descs_of(head)), [3, 2, 1]);
+    for next in [0, 16, u16::MAX] {
+        let descs = with(&guest, &[writable(0x9000, 1, Some(next))], TABLE, &[]).descs_of(0);
+        assert_eq!(descs, if next == 0 { CHAIN_DESCS_MAX as u16 } else { 1 });
+    }
+}
+
+#[test]
 fn test_empty_pieces_are_left_out() {
     let guest = guest();
     // An empty piece has no address to be wrong.
