@@ -136,6 +136,8 @@ pub struct PackedQueue {
     position: u64,
     /// Whether a chain was seen at `avail` that has not been taken.
     is_waiting: bool,
+    /// Where [`take`](Self::take) found no more. Chains that were given back since wait for others to join them.
+    end: Option<Cursor>,
     /// Descriptors of the chain that a buffer id stands for while it is in flight; 0 while it is not.
     descs: Box<[u16]>,
     /// Descriptors that the driver has not been shown as used yet.
@@ -190,6 +192,7 @@ impl PackedQueue {
             used,
             position: RING_POSITIONS,
             is_waiting: false,
+            end: None,
             descs: vec![0; usize::from(size)].into_boxed_slice(),
             held_descs,
             batch: None,
@@ -410,7 +413,11 @@ impl PackedQueue {
         }
         let walked = walked?;
         self.is_waiting = false;
-        let Some(Chain { id, descs }) = walked else { return Ok(None) };
+        let Some(Chain { id, descs }) = walked else {
+            self.end = Some(self.avail);
+            return Ok(None);
+        };
+        self.end = None;
         self.descs[usize::from(id)] = descs;
         self.held_descs += descs;
         self.avail.advance(descs, self.size);
@@ -622,8 +629,9 @@ impl PackedQueue {
 
     /// Asks the driver to kick when it adds a buffer; returns whether one is there already.
     pub fn enable_kicks(&mut self) -> bool {
+        let end = self.end.filter(|end| self.is_waiting && *end != self.avail);
         let wish = if self.event_idx {
-            RING_EVENT_FLAGS_DESC << 16 | u32::from(self.avail.bits())
+            RING_EVENT_FLAGS_DESC << 16 | u32::from(end.unwrap_or(self.avail).bits())
         } else {
             RING_EVENT_FLAGS_ENABLE << 16 | UNUSED_OFFSET
         };
@@ -631,6 +639,10 @@ impl PackedQueue {
         // SeqCst fence: our wish is visible before the ring is looked at again. Pairs with the driver's full barrier
         // between writing flags and reading our event suppression structure (VIRTIO 1.3 §2.8.21.2).
         fence(Ordering::SeqCst);
+        if let Some(end) = end {
+            // Relaxed: take() looks again.
+            return end.is_available(self.slot_flags(end.index, Ordering::Relaxed));
+        }
         // A chain that is known to wait does so for room of ours: more of them are no news.
         let was_waiting = self.is_waiting;
         self.available();

@@ -307,3 +307,38 @@ fn test_no_race_loses_a_wake_up() {
         });
     }
 }
+
+#[test]
+fn test_chains_that_were_given_back_for_want_of_others_hear_of_the_next_one() {
+    for (event_idx, comes_before) in [(false, false), (false, true), (true, false), (true, true)] {
+        let guest = guest();
+        let (mut driver, mut queue) = pair(&guest, 8, event_idx);
+        // So that the wrap counters differ.
+        for _ in 0..6 {
+            driver.add(&[BUFFER]).unwrap();
+        }
+        driver.publish();
+        (0..6).for_each(|_| take(&mut queue).map(|id| queue.push_used(id, 0)).unwrap());
+        queue.publish_used();
+        while let Some(used) = driver.pop_used() {
+            driver.release(used.unwrap().head);
+        }
+        let post = |driver: &mut PackedDriver| {
+            driver.add(&[BUFFER]).unwrap();
+            driver.publish()
+        };
+        queue.disable_kicks();
+        (0..3).for_each(|_| assert!(!post(&mut driver)));
+        assert_eq!(queue.available(), 8, "as many as there may be");
+        let taken: Vec<_> = (0..3)
+            .map(|_| queue.take(Direction::DeviceWrites, &mut 0, &mut Vec::with_capacity(4)).unwrap().unwrap())
+            .collect();
+        assert_eq!(take(&mut queue), None);
+        taken.into_iter().rev().for_each(|taken| queue.untake(taken));
+        if comes_before {
+            post(&mut driver);
+        }
+        assert_eq!(queue.enable_kicks(), comes_before);
+        assert!(comes_before || post(&mut driver), "the device is to be kicked");
+    }
+}
