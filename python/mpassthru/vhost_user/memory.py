@@ -1,8 +1,8 @@
 """Guest memory as the front-end described it: regions, their descriptors, and what makes a table legal.
 
 A `MemoryTable` is a value: adding or removing a region gives a new one, so that a change which the device refuses
-leaves the old table as it was. Whoever replaces a table closes the descriptors of the regions that are in one of the
-two only (`close_except`). vhost-user.rst, "Memory access".
+leaves the old table as it was. Whoever replaces a table closes the descriptors of the regions that come to be mapped no
+more, of either of the two. vhost-user.rst, "Memory access".
 """
 
 from __future__ import annotations

@@ -529,21 +529,22 @@ class Session:
 
         Running vrings go on if memory was only added; else they are stopped meanwhile.
         """
-        if not await self._only_add(table):
-            await self._replace(table)
+        old = self.memory
+        try:
+            if not await self._only_add(table):
+                await self._replace(table)
+        finally:
+            # Whatever came of it, only the regions that are mapped now keep their descriptors.
+            for region in {*old, *table}.difference(self.memory):
+                os.close(region.fd)
 
     async def _only_add(self, table: MemoryTable) -> bool:
         """Add what `table` has more, while vrings run. False if that is not how it differs, or cannot be done."""
-        old = self.memory
-        added = table.added_to(old)
+        added = table.added_to(self.memory)
         if added is None or (added and not any(ring.started for ring in self.rings)):
             return False
-        try:
-            if added and not await self._device.add_memory(added):
-                return False
-        except BaseException:
-            table.close_except(old)
-            raise
+        if added and not await self._device.add_memory(added):
+            return False
         self.memory = table
         await self._resume()
         return True
@@ -557,18 +558,12 @@ class Session:
             except MpassthruError:
                 await self._map_again(old)
                 raise
-            except BaseException:
-                old.close_except(table)
-                raise
-            old.close_except(table)
 
     async def _map_again(self, old: MemoryTable) -> None:
-        self.memory.close_except(old)
         self.memory = old
         try:
             await self._device.map_memory(old.regions)
         except MpassthruError:
-            old.close_except(MemoryTable())
             self.memory = MemoryTable()
             raise
 

@@ -212,6 +212,40 @@ async def test_map_that_fails_in_both_directions_leaves_no_memory(fd: int, event
         assert not task.done()
 
 
+async def test_vring_that_does_not_stop_for_new_memory_leaves_no_descriptor_of_that_open(fd: int, event: int) -> None:
+    async with negotiated(FakeDevice(next_base=5, can_add=False)) as (frontend, device, session, _):
+        await frontend.set_mem_table([region(fd)])
+        await start(frontend, 0, event)
+        await start(frontend, 1, event)
+        (kept,) = session.memory
+        held = open_fds()
+        for _attempt in range(2):
+            device.failures["stop_vring"] = HostError(16, "still held")
+            with pytest.raises(RefusedError, match="ADD_MEM_REG"):
+                await frontend.add_mem_reg(region(fd, slot=1))
+            device.failures["stop_vring"] = HostError(16, "still held")
+            with pytest.raises(RefusedError, match="SET_MEM_TABLE"):
+                await frontend.set_mem_table([region(fd, slot=1), region(fd)])
+        assert open_fds() == held
+        assert tuple(session.memory) == (kept,)
+        assert device.running.keys() == {0, 1}
+        await frontend.add_mem_reg(region(fd, slot=1))
+        assert open_fds() == held + 1
+
+
+async def test_cancellation_while_vrings_stop_for_new_memory_closes_both_tables(fd: int, event: int) -> None:
+    async with negotiated(FakeDevice(next_base=5, can_add=False)) as (frontend, device, _, task):
+        await frontend.set_mem_table([region(fd)])
+        await start(frontend, 0, event)
+        device.block_at = len(device.calls) + 1
+        telling = asyncio.create_task(frontend.add_mem_reg(region(fd, slot=1)))
+        await device.blocked.wait()
+        assert device.calls[-1] == "stop_vring 0"
+        task.cancel()
+        with pytest.raises(ProtocolError):
+            await telling
+
+
 async def test_cancellation_while_memory_is_replaced_closes_both_tables(fd: int) -> None:
     other = memory_fd()
     async with negotiated() as (frontend, device, _, task):
