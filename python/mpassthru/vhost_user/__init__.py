@@ -8,7 +8,7 @@ from mpassthru.vhost_user.frontend import Frontend
 from mpassthru.vhost_user.inflight import InflightArea
 from mpassthru.vhost_user.memory import MemoryRegion, MemoryTable
 from mpassthru.vhost_user.message import Message, RegionDescription, Request, VringAddress
-from mpassthru.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Counters, Session
+from mpassthru.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Counters, Session, StillInUseError
 
 __all__ = [
     "SUPPORTED_PROTOCOL_FEATURES",
@@ -26,6 +26,7 @@ __all__ = [
     "RegionDescription",
     "Request",
     "Session",
+    "StillInUseError",
     "VirtioFeature",
     "Vring",
     "VringAddress",

@@ -12,7 +12,7 @@ import socket
 from mpassthru.errors import HostError, MpassthruError, RefusedError, errno_name
 from mpassthru.vhost_user.connection import Connection
 from mpassthru.vhost_user.device import Device
-from mpassthru.vhost_user.session import Counters, Session
+from mpassthru.vhost_user.session import Counters, Session, StillInUseError
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Backend:
 
         Raises:
             HostError: no connection can be accepted.
+            StillInUseError: the device could not be taken back from the last front-end.
         """
         listener.setblocking(False)
         while True:
@@ -48,6 +49,8 @@ class Backend:
                 raise HostError(error.errno or 0, reason) from error
             try:
                 await self.serve_connection(sock)
+            except StillInUseError:
+                raise
             except MpassthruError as error:
                 log.error("connection ended by %s: %s", type(error).__name__, error)  # noqa: TRY400
 
@@ -58,6 +61,7 @@ class Backend:
             ProtocolError: the front-end broke the protocol.
             RefusedError: another front-end is connected.
             MpassthruError: the device failed.
+            StillInUseError: the device could not be taken back from the front-end, and may serve no other.
         """
         connection = Connection(sock)
         if self.session is not None:

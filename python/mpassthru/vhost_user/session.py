@@ -8,7 +8,8 @@ Messages are handled one after the other, in order. How a failure ends:
   worked would be wrong about the device.
 
 Invariant: when `run` returns, however it does, every vring is stopped, no memory is mapped and every descriptor that
-the front-end sent is closed.
+the front-end sent is closed. If the device does not let go of a vring or of memory, `run` ends with a StillInUseError:
+no other session may have that device.
 
 Front-ends differ in order and repetition; what is accepted for their sake is said at each handler.
 vhost-user.rst, "Front-end message types".
@@ -80,6 +81,10 @@ _STATUS = ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS
 _LOG = ProtocolFeature.VHOST_USER_PROTOCOL_F_LOG_SHMFD
 
 
+class StillInUseError(MpassthruError):
+    """The device goes on with what a front-end gave it, though that is gone. Only its end brings that back."""
+
+
 @dataclass(slots=True)
 class Counters:
     """What a back-end saw, over all its connections."""
@@ -122,6 +127,7 @@ class Session:
             ProtocolError: the front-end broke the protocol, or asked for what is not offered without asking whether it
                 worked. One line that names the message and the reason.
             MpassthruError: the device failed, and the front-end had not asked whether it worked.
+            StillInUseError: the device could not be taken back from the front-end.
         """
         try:
             while (message := await self._connection.receive()) is not None:
@@ -170,16 +176,19 @@ class Session:
         return message.needs_reply and bool(negotiated) and can_be_acknowledged(message.request)
 
     async def _close(self) -> None:
+        failures: list[MpassthruError] = []
         try:
             for ring in self.rings:
                 try:
                     await ring.stop()
                 except MpassthruError as error:
                     log.error("vring %d at the end of the connection: %s", ring.index, error)  # noqa: TRY400
+                    failures.append(error)
             try:
                 await self._device.map_memory(())
             except MpassthruError as error:
                 log.error("guest memory at the end of the connection: %s", error)  # noqa: TRY400
+                failures.append(error)
             await self._device.set_log_fd(-1)
             await self._device.set_log(-1, 0, 0)
         finally:
@@ -190,6 +199,8 @@ class Session:
             self.memory.close_except(MemoryTable())
             self.memory = MemoryTable()
             self._connection.close()
+        if failures:
+            raise StillInUseError(f"what the front-end gave is still in use: {failures[0]}") from failures[0]
 
     # ---- negotiation ---------------------------------------------------------------------------------------
 

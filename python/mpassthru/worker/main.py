@@ -22,9 +22,9 @@ from mpassthru.control import BrokerMessage, Configure, ControlChannel, ControlE
 from mpassthru.errors import HostError, MpassthruError
 from mpassthru.inflight_records import InflightRecords
 from mpassthru.report import DirectionReport
-from mpassthru.vhost_user import Backend
+from mpassthru.vhost_user import Backend, StillInUseError
 from mpassthru.worker import privileges
-from mpassthru.worker.async_engine import AsyncEngine
+from mpassthru.worker.async_engine import AsyncEngine, end_process
 from mpassthru.worker.device import PortDevice
 from mpassthru.worker.socket_client import SocketClient
 
@@ -130,6 +130,9 @@ class Worker:
             await self._backend.serve_connection(sock)
         except ControlError:
             raise
+        except StillInUseError as held:
+            # The kernel takes it back from a process that ends; the next one waits until no NIC can write to it.
+            end_process(f"{held}; ending this worker, for no other front-end can be served")
         except MpassthruError as ended_by:
             error = str(ended_by)
         self._tell_state("waiting", error)

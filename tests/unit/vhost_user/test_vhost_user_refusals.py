@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from session_steps import NO_ACK, encodable, ends_with, hangs_up, negotiated, start
 from vhost_user_fakes import (
+    FEATURES,
     FakeDevice,
     connected,
     open_fds,
@@ -18,8 +21,12 @@ from vhost_user_fakes import (
 from mpassthru.errors import HostError, ProtocolError
 from mpassthru.vhost_user import (
     SUPPORTED_PROTOCOL_FEATURES,
+    Backend,
+    Frontend,
+    MemoryRegion,
     Request,
     Session,
+    StillInUseError,
 )
 from mpassthru.vhost_user.connection import Connection
 from mpassthru.vhost_user.handlers import HANDLERS, NOT_OFFERED, NOT_OFFERED_WITH_REPLY
@@ -132,6 +139,37 @@ async def test_stop_that_fails_at_the_end_does_not_keep_the_rest_from_being_done
         assert "vring 0 at the end of the connection: stuck" in caplog.text
         device.running.clear()
         device.regions.clear()
+
+
+@pytest.mark.parametrize("step", ["stop_vring", "map_memory"])
+async def test_device_that_cannot_be_taken_back_is_told_of_and_serves_no_other_front_end(
+    fd: int, event: int, step: str, tmp_path: Path
+) -> None:
+    class Forgetful(FakeDevice):
+        """Fails at a step, and has done it all the same: the fake asserts that memory goes after all vrings."""
+
+        async def stop_vring(self, index: int) -> int:
+            base = await super().stop_vring(index)
+            if step == "stop_vring":
+                raise HostError(16, "still held")
+            return base
+
+        async def map_memory(self, regions: Sequence[MemoryRegion]) -> None:
+            await super().map_memory(regions)
+            if step == "map_memory" and not regions:
+                raise HostError(16, "still held")
+
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        serving = asyncio.create_task(Backend(Forgetful()).serve(listener))
+        with await Frontend.connect(path) as frontend:
+            await frontend.negotiate(FEATURES, -1)
+            await frontend.set_mem_table([region(fd)])
+            await start(frontend, 0, event)
+        with pytest.raises(StillInUseError, match="what the front-end gave is still in use: still held"):
+            await asyncio.wait_for(serving, 5)
 
 
 async def test_memory_that_is_overlapping_ends_the_connection(fd: int) -> None:

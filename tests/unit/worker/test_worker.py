@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from fake_engine import FakeEngine, FakeEvent
 from mpassthru import control
 from mpassthru.control import BrokerMessage, ControlChannel, ControlError, WorkerMessage
 from mpassthru.errors import HostError, QueueFault
-from mpassthru.vhost_user import Frontend
+from mpassthru.vhost_user import Frontend, MemoryRegion, VirtioFeature, VringAddress
 from mpassthru.worker.main import Worker
 
 TIMEOUT_S = 5.0
+FEATURES = int(VirtioFeature.VIRTIO_F_VERSION_1 | VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES)
 BINDING = control.Binding(
     serial=1,
     interface="eth9",
@@ -128,6 +130,49 @@ async def test_stop_during_a_session_ends_it(bench: Bench) -> None:
         await bench.ended()
 
     assert bench.engine.closed
+
+
+async def test_worker_that_cannot_take_guest_memory_back_ends_before_it_asks_for_another_frontend(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: asyncio.Queue[str] = asyncio.Queue()
+
+    def end(line: str) -> None:
+        ends.put_nowait(line)
+        raise asyncio.CancelledError  # nothing comes after it
+
+    monkeypatch.setattr("mpassthru.worker.main.end_process", end)
+    with bench.connect() as frontend:
+        await bench.expect(control.SessionChanged)
+        await frontend.negotiate(FEATURES, -1)
+        memory, kick = os.memfd_create("guest"), os.eventfd(0)
+        os.ftruncate(memory, 1 << 20)
+        mapping = asyncio.create_task(frontend.set_mem_table([MemoryRegion(0, 1 << 20, 0, 0, memory)]))
+        await bench.expect(control.MemoryWanted)
+        bench.broker.send(control.MemoryGranted())
+        await asyncio.wait_for(mapping, TIMEOUT_S)
+        await frontend.set_vring_num(0, 256)
+        await frontend.set_vring_base(0, 0)
+        await frontend.set_vring_addr(VringAddress(0, 0, 0, 0x2000, 0x1000, 0))
+        kicking = asyncio.create_task(frontend.set_vring_kick(0, kick))
+        await bench.expect(control.SocketWanted)
+        bench.broker.send(control.SocketGranted(queue_pair=0), (kick,))
+        await bench.expect(control.SocketBound)
+        bench.broker.send(control.SocketSteered(queue_pair=0))
+        await asyncio.wait_for(kicking, TIMEOUT_S)
+        os.close(memory)
+        os.close(kick)
+        assert (await bench.expect(control.SessionChanged)).state == "running"
+        bench.engine.stop_errors = [HostError(errno.EIO, "the queue is still held")]
+
+    await bench.expect(control.SocketReleased)
+    await bench.expect(control.MemoryWanted)
+    bench.broker.send(control.MemoryGranted())
+    line = await asyncio.wait_for(ends.get(), TIMEOUT_S)
+    assert line.startswith("what the front-end gave is still in use: the queue is still held; ending this worker")
+    bench.broker.send(control.ReportWanted())
+    while not isinstance(told := await bench.expect(object), control.WorkerReport):
+        assert not isinstance(told, control.SessionChanged), "it would be given another front-end"
 
 
 async def test_fault_is_told_and_touches_no_socket(bench: Bench) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,9 +16,9 @@ from fake_engine import FakeEngine
 from test_device import TIMEOUT_S, VRING, binding, configuration
 
 from mpassthru import control
-from mpassthru.errors import HostError
+from mpassthru.errors import HostError, ProtocolError
 from mpassthru.rules import ZeroCopyRules, wants_longer_buffers
-from mpassthru.vhost_user import VirtioFeature
+from mpassthru.vhost_user import Connection, Frontend, Session, StillInUseError, VirtioFeature
 from mpassthru.worker import port_sockets
 from mpassthru.worker.async_engine import AsyncEngine
 from mpassthru.worker.device import PortDevice
@@ -113,6 +114,25 @@ async def test_queue_that_does_not_come_free_fails_the_stop_and_keeps_memory_map
 
     await bench.device.map_memory(())
     assert bench.engine.calls[2:] == ["free 0", "map 0"]
+
+
+async def test_session_that_ends_before_the_queue_comes_free_says_that_the_device_is_still_in_use(
+    bench: Bench,
+) -> None:
+    ours, theirs = socket.socketpair()
+    bench.sockets.still_held = [HostError(errno.EBUSY, "still held")] * 2
+    session = Session(Connection(theirs), bench.device)
+    running = asyncio.create_task(session.run())
+    with Frontend.from_socket(ours) as frontend:
+        await frontend.get_features()
+        # As after a SET_VRING_KICK: the bench has started it already.
+        session.rings[0]._started = True
+        with pytest.raises(ProtocolError, match="closed the connection"):
+            await frontend.get_vring_base(0)
+
+    with pytest.raises(StillInUseError, match="still held"):
+        await asyncio.wait_for(running, TIMEOUT_S)
+    assert bench.engine.calls[:2] == ["stop 0", "detach 0"]
 
 
 async def test_stop_waits_for_the_queue_of_a_socket_that_somebody_else_closed(bench: Bench) -> None:
