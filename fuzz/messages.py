@@ -33,7 +33,7 @@ from vhost_user_fakes import FEATURES, MEMORY_BYTES, USER_BASE, FakeDevice, memo
 from vhost_user_traces import DPDK_START, DPDK_STOP, QEMU_START, QEMU_STOP, Step, message
 
 from mpassthru.errors import HostError, MpassthruError, ProtocolError, RefusedError
-from mpassthru.vhost_user import Session
+from mpassthru.vhost_user import Session, StillInUseError
 from mpassthru.vhost_user.connection import Connection
 
 TRACES = (QEMU_START + QEMU_STOP, DPDK_START + DPDK_STOP)
@@ -75,7 +75,7 @@ class Fuzzer:
         if rng.random() < 0.2:
             error = rng.choice((RefusedError("as told"), HostError(12, "as told (ENOMEM)")))
             device.failures[rng.choice(DEVICE_CALLS)] = error
-            expected = (ProtocolError, HostError)
+            expected = (ProtocolError, HostError, StillInUseError)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with ours:
             ours.setblocking(False)

@@ -21,4 +21,4 @@ def test_random_sessions_end_clean_and_leave_nothing_behind() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     figures = json.loads(run.stdout)
     assert figures["cases"] == CASES
-    assert set(figures["ends"]) == {"clean", "ProtocolError", "HostError"}
+    assert set(figures["ends"]) == {"clean", "ProtocolError", "HostError", "StillInUseError"}
