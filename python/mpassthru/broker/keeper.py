@@ -187,17 +187,21 @@ class Keeper:
             self._refuse_smaller(interface)
             taken = await self._take(interface, options, next(self._serials), self._port)
             self._news.set()  # whatever comes of it, the wait for what was before is over
-            try:
-                await self._port.rebind(taken.binding, taken.steering)
-            except MpassthruError:
-                await self._go_back()
-                taken.close()
-                raise
+            with contextlib.ExitStack() as undo:
+                undo.callback(taken.close)
+                try:
+                    await self._port.rebind(taken.binding, taken.steering)
+                except MpassthruError:
+                    await self._go_back()
+                    raise
+                undo.pop_all()
             former = self._taken
             self._options = options
-            await self._hold(taken)
-            if former is not None:
-                former.close()
+            try:
+                await self._hold(taken)
+            finally:
+                if former is not None:
+                    former.close()
             self._tell_move(name)
 
     def _refuse_smaller(self, interface: Interface) -> None:
@@ -225,9 +229,11 @@ class Keeper:
             taken, self._taken = self._taken, None
             self._set(BindingState.UNBOUND)
             self._monitor.follow(None)
-            await self._port.rebind(None)
-            if taken is not None:
-                taken.close()
+            try:
+                await self._port.rebind(None)
+            finally:
+                if taken is not None:
+                    taken.close()
             self._port.say(f"unbound from {self._name}")
 
     # ---- what happens by itself ------------------------------------------------------------------------------
@@ -361,6 +367,7 @@ class Keeper:
         await self._bind(taken.bound_as(interface, binding))
 
     async def _bind(self, taken: TakenInterface) -> None:
+        self._taken = taken  # by now, so that it is given back whatever comes
         try:
             await self._port.rebind(taken.binding, taken.steering)
         except MpassthruError as error:
@@ -376,8 +383,10 @@ class Keeper:
         self._suspecting = False
         self._wait_for(lack)
         self._monitor.follow(self._name, None)
-        await self._port.rebind(None)
-        taken.close()
+        try:
+            await self._port.rebind(None)
+        finally:
+            taken.close()
 
     async def _regain(self) -> None:
         """Take the interface that has the name, if it is fit by now."""

@@ -43,6 +43,9 @@ RESTART_AT_ONCE_S = 1.0
 """A worker that lived this long is followed by another at once; after a shorter life comes a pause, each twice as long.
 Whoever can make workers end, such as a guest, costs the host one start a second at most."""
 REPORT_TIMEOUT_S = 2.0
+REBIND_TIMEOUT_S = 400.0
+"""A worker that moves its sockets may register all of guest memory twice, for up to 180 s each (`ATTACH_TIMEOUT_S` in
+`mpassthru.worker.async_engine`), and wait for hardware queues to come free."""
 STDERR_LINES_MAX = 200
 """Of a worker, in the time of a `LineLimiter`: a traceback is kept whole."""
 REASONS_MAX = 64
@@ -131,6 +134,8 @@ class Port:
             binding: What to bind to.
             steering: The XDP program that is attached, with this port's queues claimed; in mode `packet` a stand-in.
 
+        A worker that does not answer is killed, and the next one does as it is told from the start.
+
         Raises:
             MpassthruError: the worker could not; what sockets there are now is for the next `rebind` to settle.
         """
@@ -149,13 +154,23 @@ class Port:
         try:
             with contextlib.suppress(ControlError):  # a worker that is already dead is found elsewhere
                 worker.channel.send(control.Rebind(binding=binding))
-                answer = await self._rebinding
+                await asyncio.wait({self._rebinding}, timeout=REBIND_TIMEOUT_S)
+                if not self._rebinding.done():
+                    self._give_up(worker)
+                    return
+                answer = self._rebinding.result()
                 if answer.error is not None and answer.errno:
                     raise HostError(answer.errno, printable(answer.error))
                 if answer.error is not None:
                     raise RefusedError(printable(answer.error))
         finally:
             self._rebinding = None
+
+    def _give_up(self, worker: WorkerProcess) -> None:
+        """Kill a worker; from now on the next one is waited for, however long the kernel takes to end this one."""
+        self.trouble(f"worker {worker.pid} has not moved its sockets within {REBIND_TIMEOUT_S:g} s; killing it")
+        worker.kill()
+        self._worker = None
 
     async def run(self) -> None:
         """Keep a worker running until `stop`, or until the one front-end of `once` has left.

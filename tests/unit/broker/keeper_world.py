@@ -70,6 +70,8 @@ class ModelPort:
     binding: Binding | None = None
     fail: int = 0
     """How many of the next rebinds to an interface fail."""
+    fail_unbind: int = 0
+    """How many of the next rebinds to none fail."""
     said: list[str] = field(default_factory=list)
     bindings: list[Binding | None] = field(default_factory=list)
 
@@ -84,6 +86,9 @@ class ModelPort:
         if binding is not None and self.fail:
             self.fail -= 1
             raise HostError(16, "the queue is held")
+        if binding is None and self.fail_unbind:
+            self.fail_unbind -= 1
+            raise HostError(5, "the worker cannot let go")
         if binding is not None:
             nic = self.host.by_index(binding.ifindex)
             if nic is None or not nic.up or nic.owned_queue is not None:

@@ -317,3 +317,57 @@ async def test_worker_that_cannot_even_go_back_is_bound_again_later() -> None:
         assert k.keeper.state is BindingState.WAITING
         await k.until_bound()
         assert list(k.host.ours()) == ["eth0"]
+
+
+async def test_interface_that_a_worker_cannot_leave_is_given_back_and_can_be_had_again() -> None:
+    async with kept(COPY, Nic(2)) as k:
+        k.port.fail_unbind = 1
+        with pytest.raises(HostError, match="cannot let go"):
+            await k.keeper.unbind()
+        assert (k.host.ours(), k.keeper.state) == ({}, BindingState.UNBOUND)
+        await k.keeper.bind("eth0")
+        assert list(k.host.ours()) == ["eth0"]
+
+
+async def test_interface_that_is_lost_is_given_back_though_the_worker_cannot_leave_it() -> None:
+    async with kept(COPY, Nic(2)) as k:
+        k.port.fail_unbind = 1
+        k.nic.rx_queues = 1
+        k.monitor.hear(())
+        await k.until_waiting(Need.QUEUE)
+        await k.until(lambda: k.host.ours() == {})
+        k.nic.rx_queues = QUEUES
+        k.monitor.hear(())
+        await k.until_bound()
+
+
+async def test_interface_that_a_worker_can_neither_go_to_nor_come_back_from_is_given_back() -> None:
+    async with kept(COPY, Nic(2)) as k:
+        k.port.fail, k.port.fail_unbind = 2, 1
+        with pytest.raises(HostError, match="cannot let go"):
+            await k.keeper.bind("eth1")
+        assert k.host.ours() == {}
+        await k.until_bound()
+        assert list(k.host.ours()) == ["eth0"]
+
+
+@pytest.mark.parametrize("step", ["bind", "regain"])
+async def test_interface_that_is_just_being_bound_is_given_back_at_the_end(step: str) -> None:
+    reached = asyncio.Event()
+
+    async def never_bound(binding: object, steering: object = None) -> None:
+        if binding is not None:
+            reached.set()
+            await asyncio.get_running_loop().create_future()
+
+    async with kept(COPY, Nic(2)) as k:
+        if step == "regain":
+            await k.keeper.unbind()
+            k.port.status.binding = BindingState.WAITING
+        k.port.rebind = never_bound  # type: ignore[method-assign]
+        task = asyncio.create_task(k.keeper.bind("eth1") if step == "bind" else k.keeper._regain())
+        await asyncio.wait_for(reached.wait(), TIMEOUT_S)
+        assert len(k.host.ours()) == (2 if step == "bind" else 1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    # `kept` has closed the keeper, and asserts that nothing of ours is left.

@@ -11,6 +11,7 @@ import pytest
 from test_port import BINDING, OTHER, TIMEOUT_S, ZERO_COPY, Harness, PlayedWorker, RecordedSteering, harness
 
 from mpassthru import control
+from mpassthru.broker import port as port_module
 from mpassthru.errors import HostError, RefusedError
 
 Queue = tuple[str, int, int]
@@ -112,6 +113,24 @@ async def test_worker_that_dies_instead_is_followed_by_one_that_is_bound_from_th
     worker.far.close()
     await h.worker()
     assert h.configurations[2].binding is None
+
+
+async def test_worker_that_does_not_answer_is_killed_and_followed_by_one_that_is_bound_from_the_start(
+    h: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(port_module, "REBIND_TIMEOUT_S", 0.01)
+    worker = await h.worker()
+
+    await asyncio.wait_for(h.port.rebind(OTHER, cast(Any, RecordedSteering())), TIMEOUT_S)
+    assert worker.killed
+    await h.until("worker 4711 has not moved its sockets within 0.01 s; killing it")
+    await asyncio.wait_for(h.port.rebind(None), TIMEOUT_S)  # whether or not the kernel has ended it by now
+
+    worker.far.close()
+    worker = await h.worker()
+    assert h.configurations[1].binding is None
+    monkeypatch.undo()
+    await rebound(h, worker, OTHER)
 
 
 async def test_worker_that_says_unasked_that_it_is_bound_anew_is_replaced(h: Harness) -> None:
