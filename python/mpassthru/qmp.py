@@ -160,10 +160,6 @@ class QmpClient:
                     return heard
                 self._keep(heard)
 
-    def forget_events(self) -> None:
-        """Do not return events any more that have come so far."""
-        self._events.clear()
-
     async def _answer_to(self, number: int) -> _Message:
         """The answer to a command; that to an earlier one, which somebody no longer waited for, is passed over."""
         while True:

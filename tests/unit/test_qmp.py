@@ -131,14 +131,6 @@ async def test_one_of_several_events_is_waited_for() -> None:
         assert (await client.wait_event("STOP", "RESET")).name == "STOP"
 
 
-async def test_forgotten_event_is_not_returned() -> None:
-    async with session() as (client, qemu):
-        await asked(client, qemu, b'{"event": "STOP", "data": {"n": 1}}\n{"return": {}, "id": ID}\n')
-        client.forget_events()
-        qemu.say({"event": "STOP", "data": {"n": 2}})
-        assert (await client.wait_event("STOP")).data == {"n": 2}
-
-
 async def test_flood_of_events_is_forgotten_but_for_the_last() -> None:
     async with session() as (client, qemu):
         events = b"".join(b'{"event": "E%d"}\n' % number for number in range(EVENTS_KEPT + 10))

@@ -141,7 +141,6 @@ class QemuFollower:
 
     async def _look(self, client: QmpClient, nic: str) -> None:
         self._news.clear()
-        client.forget_events()
         asked = (await read_filter(client, nic)).asked()
         try:
             self._filter.ask(asked)

@@ -107,14 +107,16 @@ class ModelMonitor:
     hear: Callable[[tuple[LinkEvent, ...]], None]
     state: LinkState | None = None
     followed: tuple[str | None, int | None] = (None, None)
+    comes_with: LinkState = UP
+    """What the first look at an interface finds."""
 
     def follow(self, name: str | None, ifindex: int | None = None) -> None:
         if (name, ifindex) != self.followed:
             self.followed, self.state = (name, ifindex), None
 
     async def look(self) -> None:
-        """Everything is told at once; the first look finds a carrier."""
-        self.state = self.state or UP
+        """Everything is told at once."""
+        self.state = self.state or self.comes_with
 
     async def run(self) -> None:
         await asyncio.Event().wait()

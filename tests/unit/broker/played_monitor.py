@@ -81,6 +81,11 @@ class PlayedMonitor:
             for writer in self._clients:
                 _say(writer, {"event": "NIC_RX_FILTER_CHANGED", "data": {"name": name, "path": "/x"}})
 
+    def babble(self) -> None:
+        """Say what is no message, unasked."""
+        for writer in self._clients:
+            writer.write(b"?\n")
+
     def count(self, command: str) -> int:
         """How often a command was given."""
         return sum(each["execute"] == command for each in self.commands)

@@ -14,7 +14,7 @@ from keeper_world import QUEUES, UP, Host, ModelMonitor, ModelPort, Nic
 from mpassthru.broker import binding as binding_module
 from mpassthru.broker import keeper as keeper_module
 from mpassthru.broker.binding_state import BindingState, Need
-from mpassthru.broker.keeper import Keeper
+from mpassthru.broker.keeper import FLAP_PATIENCE_S, Keeper
 from mpassthru.broker.options import AttachOptions
 from mpassthru.errors import HostError, RefusedError
 from mpassthru.netdev import Interface
@@ -139,20 +139,48 @@ async def test_guest_that_moves_does_not_lose_its_link() -> None:
         assert (k.links, k.port.status.link) == ([], True)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets seconds pass for keepers."""
+    now_s = 0.0
+    monkeypatch.setattr(Keeper, "_now_s", lambda _: now_s)
+
+    def passes(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    return passes
+
+
 async def test_link_that_flaps_in_zero_copy_mode_is_not_told_and_one_that_is_gone_is(
-    monkeypatch: pytest.MonkeyPatch,
+    clock: Callable[[float], None],
 ) -> None:
     async with kept(replace(COPY, mode="zero-copy"), Nic(2, driver="igc")) as k:
+        for _ in range(3):
+            k.carrier(False)
+            await k.until(lambda: not k.port.status.link)
+            clock(0.9 * FLAP_PATIENCE_S)
+            k.carrier(True)
+            await k.until(lambda: k.port.status.link)
+        assert k.links == []
         k.carrier(False)
         await k.until(lambda: not k.port.status.link)
-        k.carrier(True)
-        await k.until(lambda: k.port.status.link)
         assert k.links == []
-        monkeypatch.setattr(keeper_module, "FLAP_PATIENCE_S", 0.05)
-        k.carrier(False)
+        clock(1.1 * FLAP_PATIENCE_S)
         await k.until(lambda: k.links == [False])
         k.carrier(True)
         await k.until(lambda: k.links == [False, True])
+
+
+async def test_link_that_goes_as_the_port_takes_a_nic_is_not_told(clock: Callable[[float], None]) -> None:
+    async with kept(replace(COPY, mode="zero-copy"), Nic(2, driver="igc")) as k:
+        await k.keeper.unbind()
+        clock(2 * FLAP_PATIENCE_S)
+        k.monitor.comes_with = replace(UP, carrier=False)
+        await k.keeper.bind("eth0")
+        assert (k.links, k.port.status.link) == ([False, True], False)
+        clock(1.1 * FLAP_PATIENCE_S)
+        await k.until(lambda: k.links == [False, True, False])
 
 
 async def test_sockets_of_an_interface_that_is_down_are_closed_after_a_while_and_its_program_stays(

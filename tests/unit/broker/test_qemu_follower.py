@@ -143,6 +143,17 @@ async def test_nonsense_ends_the_session_and_not_the_follower(tmp_path: Path) ->
         await h.until(lambda: h.filter.in_force.unicast is None)
 
 
+async def test_nonsense_that_nobody_asked_for_is_said_and_ends_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qemu_follower, "LOOK_INTERVAL_S", 60.0)
+    async with following(tmp_path) as h, h.monitor.listening(h.path):
+        await h.until(lambda: h.filter.asked)
+        h.monitor.babble()
+        await h.until_said("sent what is no message of its protocol")
+        await h.until(lambda: h.monitor.count("qmp_capabilities") == 2)
+
+
 async def test_device_that_is_plugged_in_later_is_found(tmp_path: Path) -> None:
     async with following(tmp_path) as h:
         device = h.monitor.devices.pop("nic0")
@@ -174,6 +185,15 @@ async def test_guest_hears_of_its_link_going_and_coming(tmp_path: Path) -> None:
         await h.until(lambda: not device.up)
         h.follower.set_link(True)
         await h.until(lambda: device.up)
+
+
+async def test_link_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qemu_follower, "LOOK_INTERVAL_S", 60.0)
+    async with following(tmp_path) as h, h.monitor.listening(h.path):
+        await h.until(lambda: h.filter.asked)
+        for up in (False, True):
+            h.follower.set_link(up)
+            await h.until(lambda up=up: h.monitor.devices["nic0"].up == up)
 
 
 async def test_link_that_somebody_else_set_down_is_left_down(tmp_path: Path) -> None:
