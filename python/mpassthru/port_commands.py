@@ -131,9 +131,13 @@ async def find_port(directory: Path, name: str) -> tuple[Path, Done]:
     if len(named) == 1:
         return named[0]
     known = ", ".join(f"{done.socket_path or done.pid} ({done.report.interface})" for _, done in named or ports)
-    what = f"{len(named)} ports are" if named else "no running port is"
-    there = f"; there are {known}" if known else f": none of {directory} runs; see --runtime-dir"
-    raise RefusedError(f"{what} known as {name}{there}")
+    if not known:
+        raise RefusedError(
+            f"no port is known as {name}: none runs that keeps its records in {directory} (--runtime-dir)"
+        )
+    if named:
+        raise RefusedError(f"{len(named)} ports are known as {name}: {known}; name one by its socket or process id")
+    raise RefusedError(f"no running port is known as {name}; there are {known}")
 
 
 def _is_named(port: Done, name: str) -> bool:

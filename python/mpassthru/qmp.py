@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, Self, TypeVar, overload
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from mpassthru.errors import MpassthruError, attempting
+from mpassthru.errors import HostError, MpassthruError, attempting, errno_name
 from mpassthru.log import printable
 
 LINE_MAX_BYTES: Final = 1 << 20
@@ -96,8 +96,16 @@ class QmpClient:
         Raises:
             HostError: nobody listens there, or we may not connect.
         """
-        with attempting(f"connect to QEMU's monitor {path}"):
-            return cls(*await asyncio.open_unix_connection(path, limit=LINE_MAX_BYTES))
+        attempt = f"connect to QEMU's monitor {path}"
+        with attempting(attempt):
+            try:
+                return cls(*await asyncio.open_unix_connection(path, limit=LINE_MAX_BYTES))
+            except (FileNotFoundError, ConnectionRefusedError) as error:
+                raise HostError(
+                    error.errno or 0,
+                    f"cannot {attempt} ({errno_name(error.errno)}): nobody listens there yet; "
+                    f"start QEMU with -qmp unix:{path},server=on,wait=off",
+                ) from error
 
     async def negotiate(self) -> None:
         """Wait for QEMU's greeting and enter command mode. Before the greeting nothing is sent.

@@ -94,7 +94,7 @@ class QemuFollower:
                         await client.negotiate()
                     await self._follow(client)
             except (HostError, QmpError) as error:
-                self._tell(f"{error}; trying again, and the guest keeps its filter")
+                self._tell(f"{error}; trying again, until then the guest's filter stays as it is")
             except TimeoutError:
                 self._tell(f"QEMU's monitor {self._path} does not answer, or has another client; trying again")
             if now_s() - since_s > RECONNECT_PAUSE_MAX_S:

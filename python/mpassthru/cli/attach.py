@@ -110,7 +110,9 @@ def attach_command(
     once: Annotated[bool, typer.Option("--once", help="End when the first front-end leaves; 1 if anything failed.")] = (
         False
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON at the end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print figures as JSON, one line each interval and one at the end.")
+    ] = False,
     interval: Annotated[
         float | None, typer.Option(metavar="S", min=0.05, help="Seconds between figures; with --json one line each.")
     ] = None,

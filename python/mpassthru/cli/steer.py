@@ -31,8 +31,11 @@ def steer_by(
     """
     if kind == "mac" and not macs and not follows:
         raise typer.BadParameter("--steer mac needs --mac, the guest's address, or --qmp, which tells it")
-    if kind == "passthru" and (groups or vlans != "all"):
-        raise typer.BadParameter("--multicast-group and --vlans are about --steer mac; without it the guest gets all")
+    if kind == "passthru" and (groups or vlans != "all" or not broadcast or not multicast):
+        raise typer.BadParameter(
+            "--multicast-group, --vlans, --no-broadcast and --no-multicast are about --steer mac; "
+            "without it the guest gets all"
+        )
     if groups and not multicast:
         raise typer.BadParameter("--multicast-group and --no-multicast do not fit together")
     return Steer(

@@ -67,10 +67,11 @@ def check_queue(interface: Interface, queue_id: int) -> None:
         RefusedError: the message says which queues there are.
     """
     if not 0 <= queue_id < interface.queues.rx:
-        more = "" if interface.queues.rx >= interface.queues.rx_max else f", of {interface.queues.rx_max} possible"
+        most = interface.queues.rx_max
+        more = f"; 'ethtool -L {interface.name} combined N' makes up to {most}" if interface.queues.rx < most else ""
         raise RefusedError(
-            f"cannot use queue {queue_id} of {interface.name}: it has {interface.queues.rx} receive queue(s){more}, "
-            f"numbered from 0; see 'ethtool -L {interface.name}'"
+            f"cannot use queue {queue_id} of {interface.name}: it has {interface.queues.rx} receive queue(s), "
+            f"numbered from 0{more}"
         )
     if queue_id >= interface.queues.tx:
         # The kernel would take the guest's frames and send none, without an error (net/xdp/xsk.c: __xsk_generic_xmit).

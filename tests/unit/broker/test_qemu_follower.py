@@ -119,7 +119,7 @@ async def test_monitor_that_comes_late_and_goes_is_connected_to_again_and_the_fi
         await h.until_said("(ENOENT)")
         async with h.monitor.listening(h.path):
             await h.until(lambda: h.filter.in_force.unicast == (MAIN,))
-        await h.until_said("QEMU closed its monitor; trying again, and the guest keeps its filter")
+        await h.until_said("QEMU closed its monitor; trying again, until then the guest's filter stays as it is")
         assert h.filter.in_force.unicast == (MAIN,)
         h.monitor.devices["nic0"].filter["main-mac"] = SECOND.hex(":")
         async with h.monitor.listening(h.path):
