@@ -60,6 +60,8 @@ class Backend(Protocol):
 class _WithGuest:
     """What back-ends with the built-in guest share."""
 
+    polls = False
+
     def __init__(self, guest: BuiltinGuest, placement: Placement, pid: int, started_s: float) -> None:
         self.pid = pid
         self.start_s = time.monotonic() - started_s
@@ -82,7 +84,7 @@ class _WithGuest:
 
     def _give_role(self, source: Source | None) -> None:
         self._guest.start(rx="sink", source=source)
-        self._placement.place_guest()
+        self._placement.place_guest(backend_polls=self.polls)
 
 
 class _Port(_WithGuest):
@@ -121,6 +123,8 @@ async def port(namespace: Namespace, folder: Path, placement: Placement, *, mode
 
 class _Testpmd(_WithGuest):
     """DPDK's vhost back-end over its AF_XDP driver."""
+
+    polls = True
 
     def __init__(self, testpmd: Testpmd, guest: BuiltinGuest, placement: Placement, started_s: float) -> None:
         super().__init__(guest, placement, testpmd.pid, started_s)

@@ -4,17 +4,22 @@
 //! On veth the frames leave through ndo_xdp_xmit, so the other end must run a native XDP program (a generic one is not
 //! enough) or have GRO on, else the kernel throws them away. What the other end's ring cannot hold is thrown away too: count arrivals there.
 
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::bpf::{self, Instruction, XDP_TX};
 use super::worker::{Pace, Signals, Worker};
 use crate::error::{Error, Result};
 
-/// Frames in one system call: some 16 ms, after which a stop is noticed.
-const RUN_MAX: u64 = 65_536;
+/// Frames in the first system call.
+const RUN_START: u64 = 65_536;
+/// How long each is to take: the kernel waits some 25 ms at the end of one, and a stop is noticed only then.
+const RUN_GOAL: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_millis(200);
+/// An argument of the call has 32 bits.
+const RUN_MAX: u64 = 1 << 31;
 /// What the kernel's test run takes: a page less headroom and skb_shared_info.
 const FRAME_MIN_BYTES: usize = 14;
 const FRAME_MAX_BYTES: usize = 3_520;
@@ -97,11 +102,17 @@ fn generate(
 ) -> Result<()> {
     let pace = Pace::new(job.rate_frames_per_s)?;
     let count = job.count.unwrap_or(u64::MAX);
-    let mut sent = 0;
+    let (mut sent, mut run_max) = (0, RUN_START);
     while sent < count && !signals.must_stop() && job.duration.is_none_or(|limit| pace.elapsed() < limit) {
-        let run = pace.wait(sent, RUN_MAX.min(count - sent), signals)?;
+        let run = pace.wait(sent, run_max.min(count - sent), signals)?;
         if run > 0 {
+            let began = Instant::now();
             bpf::run_live(program, ifindex, frame, run as u32)?;
+            if began.elapsed() > *RUN_GOAL.end() {
+                run_max = (run_max / 2).max(1);
+            } else if run == run_max && began.elapsed() < *RUN_GOAL.start() {
+                run_max = (run_max * 2).min(RUN_MAX);
+            }
             sent += run;
             total.fetch_add(run, Ordering::Relaxed);
         }
