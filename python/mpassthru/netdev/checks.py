@@ -68,7 +68,7 @@ def check_queue(interface: Interface, queue_id: int) -> None:
     """
     if not 0 <= queue_id < interface.queues.rx:
         most = interface.queues.rx_max
-        more = f"; 'ethtool -L {interface.name} combined N' makes up to {most}" if interface.queues.rx < most else ""
+        more = f"; 'ethtool -L {interface.name}' makes up to {most}" if interface.queues.rx < most else ""
         raise RefusedError(
             f"cannot use queue {queue_id} of {interface.name}: it has {interface.queues.rx} receive queue(s), "
             f"numbered from 0{more}"
