@@ -10,11 +10,11 @@ const VIRTIO_NET_F_HOST_TSO6: u64 = 1 << 12;
 const VIRTIO_NET_F_HOST_ECN: u64 = 1 << 13;
 const VIRTIO_NET_F_HOST_USO: u64 = 1 << 56;
 
-const VIRTIO_NET_HDR_F_NEEDS_CSUM: u8 = 1;
+pub(super) const VIRTIO_NET_HDR_F_NEEDS_CSUM: u8 = 1;
 const VIRTIO_NET_HDR_GSO_NONE: u8 = 0;
-const VIRTIO_NET_HDR_GSO_TCPV4: u8 = 1;
-const VIRTIO_NET_HDR_GSO_TCPV6: u8 = 4;
-const VIRTIO_NET_HDR_GSO_UDP_L4: u8 = 5;
+pub(super) const VIRTIO_NET_HDR_GSO_TCPV4: u8 = 1;
+pub(super) const VIRTIO_NET_HDR_GSO_TCPV6: u8 = 4;
+pub(super) const VIRTIO_NET_HDR_GSO_UDP_L4: u8 = 5;
 const VIRTIO_NET_HDR_GSO_ECN: u8 = 0x80;
 
 /// The part of the virtio-net header that is read; num_buffers and a hash mean nothing on tx.
@@ -29,19 +29,19 @@ const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// IEEE 802.1Q: of the customer, of the service.
 const ETHERTYPES_VLAN: [u16; 2] = [0x8100, 0x88a8];
-const VLAN_TAG_BYTES: usize = 4;
-const VLAN_TAGS_MAX: usize = 2;
-const IPV4_BYTES_MIN: usize = 20;
+pub(super) const VLAN_TAG_BYTES: usize = 4;
+pub(super) const VLAN_TAGS_MAX: usize = 2;
+pub(super) const IPV4_BYTES_MIN: usize = 20;
 pub(super) const IPV6_BYTES: usize = 40;
-const IPPROTO_TCP: u8 = 6;
-const IPPROTO_UDP: u8 = 17;
+pub(super) const IPPROTO_TCP: u8 = 6;
+pub(super) const IPPROTO_UDP: u8 = 17;
 /// Hop-by-hop options, routing, destination options: those that may lie in front of a segmented payload.
 const IPV6_EXTENSIONS: [u8; 3] = [0, 43, 60];
-const TCP_BYTES_MIN: usize = 20;
-const TCP_BYTES_MAX: usize = 60;
-const TCP_CHECKSUM_AT: usize = 16;
-const UDP_BYTES: usize = 8;
-const UDP_CHECKSUM_AT: usize = 6;
+pub(super) const TCP_BYTES_MIN: usize = 20;
+pub(super) const TCP_BYTES_MAX: usize = 60;
+pub(super) const TCP_CHECKSUM_AT: usize = 16;
+pub(super) const UDP_BYTES: usize = 8;
+pub(super) const UDP_CHECKSUM_AT: usize = 6;
 
 /// The tx offloads that a driver has negotiated.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -212,15 +212,15 @@ impl Plan {
 }
 
 /// Where the headers of an IP packet are.
-struct Network {
-    is_ipv4: bool,
-    ip: usize,
-    transport: usize,
-    protocol: u8,
+pub(super) struct Network {
+    pub is_ipv4: bool,
+    pub ip: usize,
+    pub transport: usize,
+    pub protocol: u8,
 }
 
 /// Finds the transport header of a frame that is IP, whole and not a fragment.
-fn network_header(frame: &[u8]) -> Option<Network> {
+pub(super) fn network_header(frame: &[u8]) -> Option<Network> {
     let mut ethertype_at = ETHERTYPE_AT;
     let mut ethertype = be_u16(frame, ethertype_at)?;
     for _ in 0..VLAN_TAGS_MAX {
@@ -253,11 +253,11 @@ fn network_header(frame: &[u8]) -> Option<Network> {
 }
 
 /// Length of the TCP header at `start`.
-fn tcp_bytes(frame: &[u8], start: usize) -> Option<usize> {
+pub(super) fn tcp_bytes(frame: &[u8], start: usize) -> Option<usize> {
     let bytes = usize::from(frame.get(start + 12)? >> 4) * 4;
     (bytes >= TCP_BYTES_MIN).then_some(bytes)
 }
 
-fn be_u16(bytes: &[u8], at: usize) -> Option<u16> {
+pub(super) fn be_u16(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?]))
 }

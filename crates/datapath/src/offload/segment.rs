@@ -12,16 +12,16 @@ use crate::stats::{DropReason, Offload};
 /// Longest frame that is cut: what Linux sends at most (GSO_MAX_SIZE, include/linux/netdevice.h) and headers.
 const LARGE_FRAME_MAX: u32 = (512 << 10) + HEADERS_MAX as u32;
 
-const TCP_SEQUENCE_AT: usize = 4;
-const TCP_FLAGS_AT: usize = 13;
-const TCP_FIN: u8 = 1;
-const TCP_PSH: u8 = 8;
-const TCP_CWR: u8 = 0x80;
-const UDP_LENGTH_AT: usize = 4;
-const IPV4_LENGTH_AT: usize = 2;
-const IPV4_ID_AT: usize = 4;
-const IPV4_CHECKSUM_AT: usize = 10;
-const IPV6_LENGTH_AT: usize = 4;
+pub(super) const TCP_SEQUENCE_AT: usize = 4;
+pub(super) const TCP_FLAGS_AT: usize = 13;
+pub(super) const TCP_FIN: u8 = 1;
+pub(super) const TCP_PSH: u8 = 8;
+pub(super) const TCP_CWR: u8 = 0x80;
+pub(super) const UDP_LENGTH_AT: usize = 4;
+pub(super) const IPV4_LENGTH_AT: usize = 2;
+pub(super) const IPV4_ID_AT: usize = 4;
+pub(super) const IPV4_CHECKSUM_AT: usize = 10;
+pub(super) const IPV6_LENGTH_AT: usize = 4;
 
 /// A frame on its way to become segments. One is made once, and used for many frames.
 #[derive(Debug)]

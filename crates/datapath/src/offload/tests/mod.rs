@@ -1,5 +1,6 @@
 //! Offloads against references that are as plain as can be.
 
 mod checksum;
+mod gro;
 pub(crate) mod packet;
 mod segment;

@@ -44,15 +44,15 @@ fn packet() -> impl Strategy<Value = Packet> {
 }
 
 /// All segments of a frame.
-fn segments(request: &Request, header: [u8; 10], features: u64) -> Result<(Vec<Vec<u8>>, Offload), DropReason> {
+pub(super) fn segments(frame: &[u8], header: [u8; 10], features: u64) -> Result<(Vec<Vec<u8>>, Offload), DropReason> {
     let mut segmenter = Segmenter::default();
-    let len = request.frame.len() as u32;
-    let read = |beginning: &mut [u8]| beginning.copy_from_slice(&request.frame[..beginning.len()]);
+    let len = frame.len() as u32;
+    let read = |beginning: &mut [u8]| beginning.copy_from_slice(&frame[..beginning.len()]);
     segmenter.begin(Offloads::of_features(features), &NetHeader::parse(header), len, SEGMENT_MAX, read)?;
     let mut at = segmenter.headers() as usize;
     let mut made = Vec::new();
     loop {
-        let payload = &request.frame[at..at + segmenter.next_payload() as usize];
+        let payload = &frame[at..at + segmenter.next_payload() as usize];
         at += payload.len();
         let headers = segmenter.make(|sum| sum.add_bytes(payload));
         made.push([headers, payload].concat());
@@ -70,7 +70,7 @@ proptest! {
         let request = packet.request();
         let ecn = if ecn && matches!(packet.transport, Transport::Tcp { .. }) { ECN } else { 0 };
         let header = net_header(NEEDS_CSUM, packet.gso_type() | ecn, size, &request);
-        let (made, offload) = segments(&request, header, ALL).unwrap();
+        let (made, offload) = segments(&request.frame, header, ALL).unwrap();
         prop_assert_eq!(made, packet.segments(usize::from(size)));
         let expected = match packet.gso_type() { 1 => Offload::Tso4, 4 => Offload::Tso6, _ => Offload::Uso };
         prop_assert_eq!(offload, expected);
@@ -81,7 +81,7 @@ proptest! {
         let mut packet = packet;
         packet.payload.truncate(1200);
         let request = packet.request();
-        let (made, offload) = segments(&request, net_header(NEEDS_CSUM, 0, 99, &request), CSUM).unwrap();
+        let (made, offload) = segments(&request.frame, net_header(NEEDS_CSUM, 0, 99, &request), CSUM).unwrap();
         prop_assert_eq!((made, offload), (vec![packet.frame(false)], Offload::Checksum));
     }
 
@@ -100,7 +100,7 @@ proptest! {
         request.sum_start = if which & 1 == 0 { start % 700 } else { request.sum_start };
         request.sum_offset = if which & 2 == 0 { offset % 700 } else { request.sum_offset };
         let header = net_header(flags | which & 1, kind, size, &request);
-        if let Ok((made, _)) = segments(&request, header, ALL) {
+        if let Ok((made, _)) = segments(&request.frame, header, ALL) {
             let headers = made[0].len().min(HEADERS_MAX);
             let bytes: usize = made.iter().map(Vec::len).sum();
             prop_assert!(bytes >= request.frame.len() && made.len() <= request.frame.len() + 1);
@@ -119,7 +119,7 @@ fn refused(packet: &Packet, features: u64, change: impl FnOnce(&mut Request, &mu
     let mut request = packet.request();
     let mut header = net_header(NEEDS_CSUM, packet.gso_type(), 1000, &request);
     change(&mut request, &mut header);
-    segments(&request, header, features).err()
+    segments(&request.frame, header, features).err()
 }
 
 #[test]
@@ -221,7 +221,7 @@ fn test_a_checksum_of_zero_is_that_of_tcp_segments_alone() {
         packet.payload[98..].copy_from_slice(&checksum);
         let request = packet.request();
         for (gso_type, expected) in [(packet.gso_type(), of_segment), (0, [0xff, 0xff])] {
-            let (made, _) = segments(&request, net_header(NEEDS_CSUM, gso_type, 1000, &request), ALL).unwrap();
+            let (made, _) = segments(&request.frame, net_header(NEEDS_CSUM, gso_type, 1000, &request), ALL).unwrap();
             assert_eq!(made[0][field..field + 2], expected);
         }
     }
