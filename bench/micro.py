@@ -103,12 +103,16 @@ def table(scenes: list[Scene]) -> str:
     lines = [f"| for each frame | {' | '.join(f'burst {burst}' for burst in bursts)} |"]
     lines.append("|---|" + "---|" * len(bursts))
     for place in dict.fromkeys((scene.way, scene.path, scene.frame_bytes) for scene in scenes):
-        row = [scene for scene in scenes if (scene.way, scene.path, scene.frame_bytes) == place]
-        cells = (
-            f"{it.instructions:.0f} instructions" + (f", {it.ns:.0f} ns" if it.ns is not None else "") for it in row
-        )
+        row = {scene.burst: scene for scene in scenes if (scene.way, scene.path, scene.frame_bytes) == place}
+        cells = (_cell(row.get(burst)) for burst in bursts)
         lines.append(f"| {place[0]} {place[1]}, {place[2]} bytes | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(scene: Scene | None) -> str:
+    if scene is None:
+        return ""
+    return f"{scene.instructions:.0f} instructions" + (f", {scene.ns:.0f} ns" if scene.ns is not None else "")
 
 
 def main() -> int:

@@ -326,7 +326,8 @@ class GuestDriver:
         """What the device did that no device may do, by name."""
     def changed_gap_bytes(self) -> int:
         """Changed bytes of memory that is neither ring nor buffer. Needs `canaries`."""
-    def take_captured(self) -> list[bytes]: ...
+    def take_captured(self) -> list[tuple[bytes, bytes]]:
+        """Virtio-net header and frame of each."""
     def read(self, guest_phys_address: int, length: int) -> bytes: ...
     def write(self, guest_phys_address: int, data: bytes) -> None: ...
 

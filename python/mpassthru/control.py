@@ -78,6 +78,8 @@ class Configure(Message, frozen=True):
     """Offer VIRTIO_NET_F_HASH_REPORT for its side effect; the same all of a port's life, whatever it is bound to."""
     tx_offloads: bool = False
     """The guest may leave checksums and segmentation to us; the same all of a port's life too."""
+    rx_offloads: bool = False
+    """The guest may take frames merged; the same all of a port's life too."""
     source_addresses: tuple[bytes, ...] | None = None
     """What frames from the guest may have as their source; None for any."""
     pins_memory: bool = True

@@ -63,6 +63,14 @@ def random_request(source: random.Random, *, mtu_bytes: int = 1500) -> Request:
     )
 
 
+def stream_request(payload_bytes: int, size: int) -> Request:
+    """A part of a TCP stream over IPv4 with timestamps, as Linux sends them."""
+    timestamp: list[Any] = [("NOP", None), ("NOP", None), ("Timestamp", (1, 1))]
+    transport = TCP(sport=1, dport=9, seq=1, ack=1, flags="A", options=timestamp)
+    packet = Ether(dst="02:00:00:00:00:01", src="02:00:00:00:00:02") / IP(src="10.9.0.1", dst="10.9.0.2") / transport
+    return _request(random.Random(1), packet, len(transport), size, payload_bytes)
+
+
 def _request(source: random.Random, packet: Any, transport_bytes: int, size: int, payload_bytes: int) -> Request:
     is_tcp, is_ipv4 = TCP in packet, IP in packet
     start, field = len(packet) - transport_bytes, 16 if is_tcp else 6

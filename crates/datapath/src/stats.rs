@@ -35,6 +35,8 @@ reasons! {
         FewBuffers => "few_buffers",
         /// rx: longer than the UMEM's frames: it came in several pieces, and what was behind the first was moved.
         LongFrame => "long_frame",
+        /// rx: it became part of a large packet, and its payload was moved behind that of the one before.
+        Merged => "merged",
         /// rx: the kernel placed the frame at an unexpected offset.
         Shifted => "shifted",
         /// tx: shorter than the driver takes; padded.
@@ -78,7 +80,7 @@ reasons! {
 }
 
 reasons! {
-    /// What was done to a frame of the guest.
+    /// What was done to a frame of the guest, or for it.
     Offload {
         /// tx: its checksum was made.
         Checksum => "checksum",
@@ -88,6 +90,8 @@ reasons! {
         Tso6 => "tso6",
         /// tx: it was cut into UDP datagrams.
         Uso => "uso",
+        /// rx: frames of a flow were merged into one packet.
+        Gro => "gro",
     }
 }
 

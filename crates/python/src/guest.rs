@@ -238,8 +238,9 @@ impl GuestDriver {
         py.detach(|| self.0.changed_gap_bytes()).map_err(to_python)
     }
 
-    fn take_captured<'py>(&self, py: Python<'py>) -> Vec<Bound<'py, PyBytes>> {
-        self.0.take_captured().iter().map(|frame| PyBytes::new(py, frame)).collect()
+    fn take_captured<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
+        let captured = self.0.take_captured();
+        captured.iter().map(|it| (PyBytes::new(py, &it.header), PyBytes::new(py, &it.frame))).collect()
     }
 
     fn read<'py>(&self, py: Python<'py>, guest_phys_address: u64, length: usize) -> PyResult<Bound<'py, PyBytes>> {

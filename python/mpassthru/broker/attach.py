@@ -21,6 +21,7 @@ from mpassthru.broker.options import AttachOptions, View
 from mpassthru.broker.packet import create_packet_socket
 from mpassthru.broker.port import Port
 from mpassthru.broker.qemu_follower import QemuFollower
+from mpassthru.broker.rx_offloads import offers_rx_offloads
 from mpassthru.broker.status import AttachReport
 from mpassthru.broker.tx_offloads import offers_tx_offloads
 from mpassthru.broker.worker_user import worker_ids
@@ -165,6 +166,7 @@ async def attached(options: AttachOptions, view: View) -> AsyncIterator[Attached
             binding=None,
             longer_buffers=wants_longer_buffers(rules),
             tx_offloads=offers_tx_offloads(options.tx_offloads, taken.binding.socket_mode, rules, view),
+            rx_offloads=offers_rx_offloads(options.rx_offloads, taken.binding.socket_mode, rules),
             source_addresses=options.lock_macs,
             pins_memory=options.mode != "packet",
             uid=uid,

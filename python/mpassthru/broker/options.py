@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from mpassthru.broker.endpoint import SocketAccess
 from mpassthru.broker.guest_filter import Steer
 from mpassthru.broker.mode import ZeroCopyOptions
+from mpassthru.broker.rx_offloads import RxOffloads
 from mpassthru.broker.status import AttachReport
 from mpassthru.broker.tx_offloads import TxOffloads
 from mpassthru.control import Mode, PollMode
@@ -47,6 +48,7 @@ class AttachOptions:
     """Source addresses that frames from the guest may have; None for any."""
     poll: PollMode = "adaptive"
     tx_offloads: TxOffloads = "auto"
+    rx_offloads: RxOffloads = "auto"
     user: str | None = None
     """Whose process the worker is; None for `nobody`."""
     once: bool = False

@@ -13,6 +13,7 @@ from mpassthru import event_loop
 from mpassthru.broker.attach import attach
 from mpassthru.broker.mode import ZeroCopyOptions
 from mpassthru.broker.options import AttachOptions, QmpOptions
+from mpassthru.broker.rx_offloads import RxOffloads
 from mpassthru.broker.tx_offloads import TxOffloads
 from mpassthru.cli.backend import PrintCapabilities
 from mpassthru.cli.locked_memory import LockedMemoryAll, RuntimeDir
@@ -104,6 +105,10 @@ def attach_command(
         TxOffloads,
         typer.Option(help="Checksums and segmentation for the guest; auto: unless frames would be copied for it."),
     ] = "auto",
+    rx_offloads: Annotated[
+        RxOffloads,
+        typer.Option(help="Frames of a flow merged for the guest (GRO); auto: unless frames would be moved for it."),
+    ] = "auto",
     user: Annotated[
         str | None, typer.Option(metavar="NAME", help="Run the worker as this user, not root; nobody if left out.")
     ] = None,
@@ -165,6 +170,7 @@ def attach_command(
         lock_macs=parse_macs("--lock-mac", lock_mac) if lock_mac else None,
         poll=poll,
         tx_offloads=tx_offloads,
+        rx_offloads=rx_offloads,
         user=user,
         once=once,
         interval_s=interval_s,

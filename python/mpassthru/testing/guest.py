@@ -28,6 +28,7 @@ from typing import Self
 from mpassthru._core import GuestDriver, GuestRing
 from mpassthru.errors import HostError, RefusedError, errno_name
 from mpassthru.testing.guest_config import GuestConfig, GuestCounters, RxRole, Source
+from mpassthru.testing.net_header import NetHeader
 from mpassthru.vhost_user.features import DeviceStatus, ProtocolFeature, VirtioFeature
 from mpassthru.vhost_user.frontend import Frontend
 from mpassthru.vhost_user.inflight import InflightArea
@@ -323,7 +324,11 @@ class BuiltinGuest:
 
     def take_captured(self) -> list[bytes]:
         """The frames captured since last taken."""
-        return self.driver.take_captured()
+        return [frame for _, frame in self.driver.take_captured()]
+
+    def take_captured_packets(self) -> list[tuple[NetHeader, bytes]]:
+        """As `take_captured`, each with its virtio-net header."""
+        return [(NetHeader.unpack(header), frame) for header, frame in self.driver.take_captured()]
 
     def ring(self, index: int) -> GuestRing:
         """Bare access to a virtqueue, for tests that misbehave. Do not use it on a queue pair that is running."""

@@ -20,7 +20,7 @@ _FIELDS: Final = struct.Struct("<BBHHHH")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetHeader:
-    """The fields of tx.
+    """The fields, but for those of rx alone.
 
     Attributes:
         flags: `NEEDS_CSUM`, or nothing.
@@ -42,3 +42,16 @@ class NetHeader:
         """The header as a driver writes it; what `size_bytes` leaves over is zero."""
         fields = (self.flags, self.gso_type, self.header_bytes, self.gso_size, self.csum_start, self.csum_offset)
         return _FIELDS.pack(*fields).ljust(size_bytes, b"\0")
+
+    @classmethod
+    def unpack(cls, header: bytes) -> NetHeader:
+        """The header as it lies in memory."""
+        flags, gso_type, header_bytes, gso_size, csum_start, csum_offset = _FIELDS.unpack_from(header)
+        return cls(
+            flags=flags,
+            gso_type=gso_type,
+            header_bytes=header_bytes,
+            gso_size=gso_size,
+            csum_start=csum_start,
+            csum_offset=csum_offset,
+        )

@@ -60,6 +60,13 @@ TX_OFFLOADS: Final = (
     | VirtioFeature.VIRTIO_NET_F_HOST_ECN
     | VirtioFeature.VIRTIO_NET_F_HOST_USO
 )
+RX_OFFLOADS: Final = (
+    VirtioFeature.VIRTIO_NET_F_GUEST_CSUM
+    | VirtioFeature.VIRTIO_NET_F_GUEST_TSO4
+    | VirtioFeature.VIRTIO_NET_F_GUEST_TSO6
+    | VirtioFeature.VIRTIO_NET_F_GUEST_USO4
+    | VirtioFeature.VIRTIO_NET_F_GUEST_USO6
+)
 PROTOCOL_FEATURES: Final = (
     ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ
     | ProtocolFeature.VHOST_USER_PROTOCOL_F_LOG_SHMFD
@@ -107,6 +114,8 @@ class PortDevice:
             self.features |= VirtioFeature.VIRTIO_NET_F_MQ
         if configuration.tx_offloads:
             self.features |= TX_OFFLOADS
+        if configuration.rx_offloads:
+            self.features |= RX_OFFLOADS
         if configuration.longer_buffers:
             self.features |= VirtioFeature.VIRTIO_NET_F_HASH_REPORT
         self.protocol_features = int(PROTOCOL_FEATURES)

@@ -138,8 +138,9 @@ pub enum Fate {
 pub struct Gro {
     merging: Merging,
     seen: Vec<Seen>,
-    /// For each frame of the burst, its place in `seen`.
+    /// For each frame of the burst, its place in `seen`; none behind those that were looked at.
     frames: Vec<Option<usize>>,
+    has_merged: bool,
     /// The first frames, in `seen`, of packets that others may still join.
     open: Vec<usize>,
 }
@@ -151,6 +152,7 @@ impl Gro {
             merging,
             seen: Vec::with_capacity(burst),
             frames: Vec::with_capacity(burst),
+            has_merged: false,
             open: Vec::with_capacity(OPEN_MAX),
         }
     }
@@ -159,6 +161,7 @@ impl Gro {
     pub fn begin(&mut self) {
         self.seen.clear();
         self.frames.clear();
+        self.has_merged = false;
         self.open.clear();
     }
 
@@ -196,9 +199,14 @@ impl Gro {
         self.open.clear();
     }
 
+    /// Whether any frame of the burst has joined another.
+    pub fn has_merged(&self) -> bool {
+        self.has_merged
+    }
+
     /// What becomes of a frame of the burst.
     pub fn fate(&self, frame: usize) -> Fate {
-        match self.frames[frame].map(|seen| &self.seen[seen]) {
+        match self.frames.get(frame).copied().flatten().map(|seen| &self.seen[seen]) {
             None => Fate::Alone,
             Some(seen) if seen.count == 0 => Fate::Merged,
             Some(seen) if seen.count == 1 => Fate::Alone,
@@ -316,6 +324,7 @@ impl Gro {
 
     /// Puts `new` behind the packet of `head`; whether that ends it.
     fn join(&mut self, head: usize, new: usize) -> bool {
+        self.has_merged = true;
         let joining = self.seen[new];
         let last = self.seen[head].last;
         self.seen[last].next = Some(new);

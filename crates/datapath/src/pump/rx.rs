@@ -8,7 +8,7 @@
 //! so that a frame that arrives in the slab always finds its buffers. Only a driver that must not run out of buffers gets
 //! more; what arrives there may be lost, as it would be without.
 //!
-//! A frame longer than the UMEM's frames arrives in several pieces: see [`assembly`].
+//! A frame longer than the UMEM's frames arrives in several pieces, and frames of a flow may be merged: see [`assembly`].
 //!
 //! Invariant: a head is in exactly one place: `posted`, `waiting`, or used.
 
@@ -16,12 +16,13 @@ mod assembly;
 
 use std::collections::VecDeque;
 
-use self::assembly::{Pieces, Rest};
+use self::assembly::{Burst, Rest};
 use super::inflight::InFlight;
 use super::slab::Slab;
 use super::vring::{HEADER_BYTES_MAX, Vring};
 use crate::error::{BurstError, QueueFault, UnknownAnswer};
 use crate::guest_memory::{Segment, UmemAddr};
+use crate::offload::headers::NET_HEADER_BYTES;
 use crate::stats::{BounceReason, Counts, DropReason};
 use crate::virtqueue::{CHAIN_DESCS_MAX, Direction, Taken};
 use crate::xsk::{CHUNK_BYTES, DriverRules, RX_RING_DESCS, RxDesc, UmemLayout, XskSocket};
@@ -40,9 +41,10 @@ const HEADER: [u8; HEADER_BYTES_MAX] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0
 const HEADER_12: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 pub(super) const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 
-/// The header of a packet that is spread over `heads` buffers.
-fn header_of(heads: u16) -> [u8; HEADER_BYTES_MAX] {
+/// The header of a packet that is spread over `heads` buffers: `net_header` is all that is in front of their number.
+fn header_of(net_header: [u8; NET_HEADER_BYTES], heads: u16) -> [u8; HEADER_BYTES_MAX] {
     let mut header = HEADER;
+    header[..NET_HEADER_BYTES].copy_from_slice(&net_header);
     header[NUM_BUFFERS].copy_from_slice(&heads.to_le_bytes());
     header
 }
@@ -96,14 +98,15 @@ pub(super) struct Rx {
     /// Smallest capacity among waiting heads, or less: it only shrinks while slab frames are posted.
     waiting_min_bytes: u32,
     chain: Vec<Segment>,
-    /// Whether frames may arrive in several pieces.
+    /// Whether packets may take several buffers, of frames in several pieces or of several frames.
     assembles: bool,
-    pieces: Pieces,
+    burst: Burst,
 }
 
 impl Rx {
     pub fn new(vring: Vring) -> Self {
         Self {
+            burst: Burst::new(vring.merging),
             vring,
             posted: InFlight::new(),
             socket: None,
@@ -112,7 +115,6 @@ impl Rx {
             waiting_min_bytes: u32::MAX,
             chain: Vec::with_capacity(CHAIN_DESCS_MAX),
             assembles: false,
-            pieces: Pieces::new(),
         }
     }
 
@@ -129,7 +131,7 @@ impl Rx {
     /// delivered.
     pub fn burst(&mut self, xsk: &mut XskSocket, slab: &mut Slab, counts: &mut Counts) -> Result<u32, BurstError> {
         let (received, delivered) = if self.assembles {
-            self.receive_pieces(BURST, xsk, slab, counts)
+            self.receive_packets(xsk, slab, counts)
         } else {
             let received = xsk.rx_peek().min(BURST);
             (received, (0..received).try_for_each(|_| self.deliver(xsk.rx_read(), xsk, slab, counts)))
@@ -223,7 +225,7 @@ impl Rx {
             }
         };
         counts.bounced(desc.len, self.waiting[0].reason);
-        let header = header_of(heads as u16);
+        let header = header_of([0; NET_HEADER_BYTES], heads as u16);
         let piece = std::iter::once(Segment { addr: desc.frame, len: desc.len });
         let mut left = Rest::new(&header[..self.vring.header_len as usize], piece);
         for _ in 0..heads {
@@ -266,7 +268,7 @@ impl Rx {
         let available = self.vring.queue.available()?.min(REFILL_BURST);
         if available > 0 {
             self.socket = Some((xsk.layout, xsk.rules));
-            self.assembles = xsk.is_multi_buffer();
+            self.assembles = xsk.is_multi_buffer() || self.burst.merges();
         }
         let surplus = slab.used() > self.waiting.len();
         let plain_min = if surplus { u32::MAX } else { self.plain_buffer_min(&xsk.rules) };

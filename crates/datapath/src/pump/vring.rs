@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::error::{Error, QueueFault};
 use crate::fd::EventFd;
 use crate::guest_memory::{GuestMemory, Segment};
+use crate::offload::gro::Merging;
 use crate::offload::headers::Offloads;
 use crate::virtqueue::{InflightRecord, QueueConfig, Taken, Virtqueue, WriteLog};
 
@@ -66,6 +67,8 @@ pub(super) struct Vring {
     /// virtio_net_hdr in front of each frame, in bytes (VIRTIO 1.3 §5.1.6).
     pub header_len: u32,
     pub mergeable: bool,
+    /// What the guest takes merged.
+    pub merging: Merging,
     /// What frames from the guest may ask for.
     pub offloads: Offloads,
     /// Heads that were in flight when an earlier back-end ended.
@@ -91,6 +94,7 @@ impl Vring {
             err: config.err,
             header_len: header_len(config.features),
             mergeable,
+            merging: Merging::of_features(config.features),
             offloads: Offloads::of_features(config.features),
             resumed,
             source: None,

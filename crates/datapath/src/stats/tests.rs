@@ -24,6 +24,7 @@ fn test_names_are_in_step_with_the_variants() {
         DriverUnproven: "driver_unproven",
         FewBuffers: "few_buffers",
         LongFrame: "long_frame",
+        Merged: "merged",
         Shifted: "shifted",
         ShortFrame: "short_frame",
         TooManyPieces: "too_many_pieces",
@@ -43,7 +44,7 @@ fn test_names_are_in_step_with_the_variants() {
         BadSegmentRequest: "bad_segment_request",
         Spoofed: "spoofed",
     });
-    assert_names!(Offload { Checksum: "checksum", Tso4: "tso4", Tso6: "tso6", Uso: "uso" });
+    assert_names!(Offload { Checksum: "checksum", Tso4: "tso4", Tso6: "tso6", Uso: "uso", Gro: "gro" });
 }
 
 #[test]

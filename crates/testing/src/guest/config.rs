@@ -16,6 +16,8 @@ pub mod features {
     pub const VIRTIO_F_EVENT_IDX: u64 = 1 << 29;
     pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
     pub const VIRTIO_F_RING_PACKED: u64 = 1 << 34;
+    pub const VIRTIO_NET_F_GUEST_USO4: u64 = 1 << 54;
+    pub const VIRTIO_NET_F_GUEST_USO6: u64 = 1 << 55;
     pub const VIRTIO_NET_F_HASH_REPORT: u64 = 1 << 57;
 }
 

@@ -24,7 +24,7 @@ use crate::pattern::{CheckCounts, Checker};
 use buffers::{Buffers, Gaps};
 pub use config::{BufferLayout, GuestConfig, Payload, RxRole, SourceConfig, features};
 pub use counters::{Counters, Violations};
-pub use pair::QueueEvents;
+pub use pair::{Captured, QueueEvents};
 use pair::{QueuePair, Shared, lock};
 use rx::RxQueue;
 use tx::{CHAIN_MAX, TxQueue};
@@ -251,7 +251,7 @@ impl Guest {
 
     /// Takes the frames captured so far.
     #[must_use]
-    pub fn take_captured(&self) -> Vec<Vec<u8>> {
+    pub fn take_captured(&self) -> Vec<Captured> {
         self.shared.iter().flat_map(|shared| std::mem::take(&mut *lock(&shared.captured))).collect()
     }
 

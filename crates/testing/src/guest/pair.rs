@@ -20,7 +20,8 @@ use crate::pattern::Checker;
 const RX_BURST: usize = 256;
 /// Turns without work after which a polling thread lets others run.
 const POLLS_BEFORE_YIELD: u32 = 256;
-const FRAME_MAX_BYTES: usize = 65536;
+/// An IP packet of 64 KiB, with the longest Ethernet header.
+const FRAME_MAX_BYTES: usize = (1 << 16) + 64;
 
 /// The three eventfds of a virtqueue.
 #[derive(Debug)]
@@ -39,6 +40,15 @@ impl QueueEvents {
     }
 }
 
+/// A received frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Captured {
+    /// Its virtio-net header.
+    pub header: Vec<u8>,
+    /// Its bytes.
+    pub frame: Vec<u8>,
+}
+
 /// What a queue pair's thread shares with the rest of the program.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -46,7 +56,7 @@ pub(super) struct Shared {
     pub violations: SharedViolations,
     /// One checker for all queue pairs: a stream may be spread over them.
     pub checker: Arc<Mutex<Checker>>,
-    pub captured: Mutex<VecDeque<Vec<u8>>>,
+    pub captured: Mutex<VecDeque<Captured>>,
     pub rx: QueueEvents,
     pub tx: QueueEvents,
     stop: AtomicBool,
@@ -224,8 +234,9 @@ impl QueuePair {
     fn capture(&mut self, frame: Frame) {
         if self.capture_left > 0 {
             self.capture_left -= 1;
-            let copy = self.rx.read_frame(frame, &mut self.scratch).to_vec();
-            lock(&self.shared.captured).push_back(copy);
+            let header = self.rx.header(frame);
+            let bytes = self.rx.read_frame(frame, &mut self.scratch).to_vec();
+            lock(&self.shared.captured).push_back(Captured { header, frame: bytes });
         }
     }
 

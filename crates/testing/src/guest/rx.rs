@@ -19,8 +19,9 @@ struct HeaderRules {
 
 impl HeaderRules {
     fn of(config: &GuestConfig) -> Self {
-        let gso =
-            features::VIRTIO_NET_F_GUEST_TSO4 | features::VIRTIO_NET_F_GUEST_TSO6 | features::VIRTIO_NET_F_GUEST_UFO;
+        let tso = features::VIRTIO_NET_F_GUEST_TSO4 | features::VIRTIO_NET_F_GUEST_TSO6;
+        let uso = features::VIRTIO_NET_F_GUEST_USO4 | features::VIRTIO_NET_F_GUEST_USO6;
+        let gso = tso | uso | features::VIRTIO_NET_F_GUEST_UFO;
         Self {
             header_bytes: config.header_bytes(),
             is_mergeable: config.has(features::VIRTIO_NET_F_MRG_RXBUF),
@@ -134,6 +135,13 @@ impl RxQueue {
             }
             return Some((buffer, len as usize));
         }
+    }
+
+    /// A frame's virtio-net header.
+    pub fn header(&self, frame: Frame) -> Vec<u8> {
+        let mut header = vec![0; self.rules.header_bytes];
+        self.buffers.read(frame.first_buffer, 0, &mut header);
+        header
     }
 
     /// Judges a frame's virtio-net header (VIRTIO 1.3 section 5.1.6.4); returns how many buffers the frame has.

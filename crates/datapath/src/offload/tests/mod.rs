@@ -3,4 +3,4 @@
 mod checksum;
 mod gro;
 pub(crate) mod packet;
-mod segment;
+pub(crate) mod segment;

@@ -44,7 +44,7 @@ fn packet() -> impl Strategy<Value = Packet> {
 }
 
 /// All segments of a frame.
-pub(super) fn segments(frame: &[u8], header: [u8; 10], features: u64) -> Result<(Vec<Vec<u8>>, Offload), DropReason> {
+pub(crate) fn segments(frame: &[u8], header: [u8; 10], features: u64) -> Result<(Vec<Vec<u8>>, Offload), DropReason> {
     let mut segmenter = Segmenter::default();
     let len = frame.len() as u32;
     let read = |beginning: &mut [u8]| beginning.copy_from_slice(&frame[..beginning.len()]);

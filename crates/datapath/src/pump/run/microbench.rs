@@ -14,6 +14,7 @@ use mpassthru_testing::memory::GuestPhysAddr;
 use super::{Command, CommandQueue, EventQueue, PollMode, Pump, PumpView, SourceLock};
 use crate::fixture::{Guest, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, memfd};
 use crate::guest_memory::PAGE_BYTES;
+use crate::offload::checksum::Sum;
 use crate::virtqueue::{InflightRecord, record_bytes};
 use crate::xsk::test_kernel::{Received, TestKernel};
 use crate::xsk::{BindMode, UmemLayout};
@@ -21,6 +22,8 @@ use crate::xsk::{BindMode, UmemLayout};
 /// As Linux guests of QEMU's have them.
 const QUEUE_SIZE: u16 = 256;
 const FEATURES: u64 = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF | VIRTIO_RING_F_EVENT_IDX | OFFLOADS;
+/// VIRTIO_NET_F_GUEST_CSUM and _GUEST_TSO4: of guests that take frames merged.
+const MERGING: u64 = 1 << 1 | 1 << 7;
 /// VIRTIO_NET_F_CSUM, _HOST_TSO4 and _HOST_TSO6: that nothing is asked for has to be read from each frame.
 const OFFLOADS: u64 = 1 | 1 << 11 | 1 << 12;
 const HEADER_BYTES: u32 = 12;
@@ -45,6 +48,8 @@ pub enum Path {
     Direct,
     /// They are copied through the slab.
     Bounce,
+    /// rx: they are segments of one TCP stream, and become one packet.
+    Merged,
 }
 
 /// A kind of traffic.
@@ -66,7 +71,37 @@ pub struct Scene {
     pump: Pump,
     kernel: TestKernel,
     driver: SplitDriver,
-    frame: Vec<u8>,
+    /// Those of a round.
+    frames: Vec<Vec<u8>>,
+}
+
+/// Segments of a TCP stream over IPv4, with timestamps.
+fn stream(count: u32, frame_bytes: u32) -> Vec<Vec<u8>> {
+    const HEADERS_BYTES: u32 = 14 + 20 + 32;
+    let payload = frame_bytes - HEADERS_BYTES;
+    let segment = |number: u32| {
+        let mut frame = vec![0xa5; frame_bytes as usize];
+        frame[12..16].copy_from_slice(&[8, 0, 0x45, 0]);
+        frame[16..18].copy_from_slice(&(frame_bytes as u16 - 14).to_be_bytes());
+        frame[18..20].copy_from_slice(&(number as u16).to_be_bytes());
+        // DF, TTL 64, TCP, no checksum yet.
+        frame[20..26].copy_from_slice(&[0x40, 0, 64, 6, 0, 0]);
+        frame[38..42].copy_from_slice(&(number * payload).to_be_bytes());
+        // 32 bytes of header, ACK; window; no checksum yet.
+        frame[46..52].copy_from_slice(&[0x80, 0x10, 0, 0, 0, 0]);
+        let checksum = |bytes: [&[u8]; 2]| {
+            let mut sum = Sum::default();
+            bytes.iter().for_each(|bytes| sum.add_bytes(bytes));
+            sum.checksum()
+        };
+        let ip = checksum([&frame[14..34], &[]]);
+        frame[24..26].copy_from_slice(&ip);
+        let len = (frame_bytes as u16 - 34).to_be_bytes();
+        let tcp = checksum([&frame[26..], &[0, 6, len[0], len[1]]]);
+        frame[50..52].copy_from_slice(&tcp);
+        frame
+    };
+    (0..count).map(segment).collect()
 }
 
 /// Every virtqueue has one: the front-end's or the broker's.
@@ -84,7 +119,7 @@ impl Scene {
         let [rx, tx] = layouts.map(|layout| SplitDriver::new(&guest.vmm, layout, true).unwrap());
         let umem = UmemLayout::for_frames(FRAME_MAX).unwrap();
         let (kernel, mut xsk) = TestKernel::bind(&guest.memory, umem, BindMode::Copy);
-        xsk.rules.direct = plan.path == Path::Direct;
+        xsk.rules.direct = plan.path != Path::Bounce;
         // As the real one does in copy mode, at all times.
         kernel.ask_for_tx_wakeup(true);
 
@@ -95,12 +130,17 @@ impl Scene {
         pump.xsk = Some(xsk);
         pump.memory = Some(Arc::clone(&guest.memory));
         for (tx, layout) in [false, true].into_iter().zip(&layouts) {
-            let mut config = Box::new(guest.vring_config(layout, FEATURES));
+            let features = FEATURES | if plan.path == Path::Merged { MERGING } else { 0 };
+            let mut config = Box::new(guest.vring_config(layout, features));
             config.record = Some(record());
             pump.execute(Command::Start { tx, memory: Arc::clone(&guest.memory), config }).unwrap();
         }
         let driver = if plan.way == Way::Rx { rx } else { tx };
-        let mut scene = Self { plan, pump, kernel, driver, frame: vec![0xa5; plan.frame_bytes as usize] };
+        let frames = match plan.path {
+            Path::Merged => stream(plan.burst, plan.frame_bytes),
+            _ => vec![vec![0xa5; plan.frame_bytes as usize]; plan.burst as usize],
+        };
+        let mut scene = Self { plan, pump, kernel, driver, frames };
         scene.post_first();
         scene
     }
@@ -112,7 +152,7 @@ impl Scene {
         match (self.plan.way, self.plan.path) {
             (Way::Rx, _) => self.post(0..u64::from(QUEUE_SIZE)),
             (Way::Tx, Path::Bounce) => self.post(0..burst),
-            (Way::Tx, Path::Direct) => {
+            (Way::Tx, _) => {
                 self.post(0..burst);
                 self.kernel_sends();
                 self.post(burst..2 * burst);
@@ -143,8 +183,8 @@ impl Scene {
         self.driver.disable_notifications();
         self.driver.publish();
         if self.plan.way == Way::Rx {
-            for _ in 0..self.plan.burst {
-                let received = self.kernel.receive(&self.frame, 0);
+            for frame in &self.frames {
+                let received = self.kernel.receive(frame, 0);
                 assert!(matches!(received, Received::At(_)), "a buffer is there: {received:?}");
             }
         }

@@ -20,6 +20,8 @@ const MRG_RXBUF: u64 = 1 << 15;
 const EVENT_IDX: u64 = 1 << 29;
 const VERSION_1: u64 = 1 << 32;
 const HASH_REPORT: u64 = 1 << 57;
+/// GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6.
+const RX_OFFLOADS: u64 = 1 << 1 | 1 << 7 | 1 << 8 | 1 << 54 | 1 << 55;
 /// CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN, HOST_USO.
 const TX_OFFLOADS: u64 = 1 | 7 << 11 | 1 << 56;
 /// Lengths around which things change.
@@ -88,7 +90,8 @@ impl Case<'_> {
                 self.observe(|pump| pump.arm(false));
                 Ok(())
             }
-            29..=33 => self.receive(),
+            29..=31 => self.receive(),
+            32..=33 => self.receive_stream(),
             34..=35 => self.send(),
             36..=38 => self.complete(),
             39 => {
@@ -169,7 +172,7 @@ impl Case<'_> {
         let bits = self.byte()?;
         let flag = |bit: u8, feature: u64| if bits & bit != 0 { feature } else { 0 };
         let features = flag(1, MRG_RXBUF) | flag(2, EVENT_IDX) | flag(4, VERSION_1) | flag(8 & bits >> 1, HASH_REPORT);
-        let features = features | if self.rarely(4)? { 0 } else { TX_OFFLOADS };
+        let features = features | if self.rarely(4)? { 0 } else { TX_OFFLOADS | RX_OFFLOADS };
         let entries = u64::from(size.min(plan.size_max));
         let mut ring =
             Ring { size: entries, desc: place, avail: place + 16 * entries, used: 0, event_idx: bits & 2 != 0 };
@@ -416,17 +419,23 @@ impl Case<'_> {
         let shift = if self.rarely(8)? { u64::from(self.byte()? & 0x1f) } else { 0 };
         let room = self.world.plan.room;
         let shift = shift.min(u64::from(room.saturating_sub(len)));
+        let frame: Vec<u8> = (0..len).map(|i| (i ^ 0x35) as u8).collect();
+        self.arrive(&vec![frame; usize::from(count)], shift);
+        Ok(())
+    }
+
+    /// Frames arrive, those in one piece `shift` bytes further on than computed.
+    pub(super) fn arrive(&mut self, frames: &[Vec<u8>], shift: u64) {
+        let room = self.world.plan.room as usize;
         self.while_attached(|case| {
-            let frame: Vec<u8> = (0..len).map(|i| (i ^ 0x35) as u8).collect();
-            for _ in 0..count {
-                if let Received::At(at) = case.world.kernel.receive(&frame, shift)
-                    && len <= room
+            for frame in frames {
+                if let Received::At(at) = case.world.kernel.receive(frame, shift)
+                    && frame.len() <= room
                 {
-                    case.write_around(UmemAddr(at.0 - shift), shift + u64::from(len));
+                    case.write_around(UmemAddr(at.0 - shift), shift + frame.len() as u64);
                 }
             }
         });
-        Ok(())
     }
 
     fn write_around(&self, start: UmemAddr, len: u64) {

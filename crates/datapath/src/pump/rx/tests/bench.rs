@@ -24,6 +24,9 @@ const SLOTS_AT: u64 = 0x1_0000;
 pub const MEMORY_END: u64 = SLOTS_AT + SLOT_BYTES * QUEUE_SIZE as u64;
 const TABLES: IndirectTables = IndirectTables { start: GuestPhysAddr(0x4000), entries: 16 };
 const GUARD: u8 = 0xa5;
+const GUEST_CSUM: u64 = 1 << 1;
+/// Those of a driver that takes all that can be merged.
+pub const MERGING: u64 = GUEST_CSUM | 1 << 7 | 1 << 8 | 1 << 54 | 1 << 55;
 
 /// The pieces of a buffer: for each, its distance from the end of the one before, and its length.
 pub type Shape = Vec<(u64, u32)>;
@@ -32,6 +35,7 @@ pub type Shape = Vec<(u64, u32)>;
 #[derive(Debug, PartialEq, Eq)]
 pub struct Delivered {
     pub frame: Vec<u8>,
+    pub net_header: [u8; 10],
     pub num_buffers: u16,
 }
 
@@ -153,6 +157,11 @@ impl Bench {
         received
     }
 
+    /// A frame of somebody else's making arrives; whether there was room.
+    pub fn receive_frame(&mut self, frame: &[u8]) -> bool {
+        matches!(self.kernel.receive(frame, 0), Received::At(_))
+    }
+
     pub fn burst(&mut self) -> u32 {
         self.rx.burst(&mut self.xsk, &mut self.slab, &mut self.counts).unwrap()
     }
@@ -187,7 +196,8 @@ impl Bench {
         let header_len = 12;
         let start = self.content(first);
         let num_buffers = u16::from_le_bytes([start[10], start[11]]);
-        assert!(start[..10].iter().all(|&byte| byte == 0), "no offload was negotiated");
+        let net_header: [u8; 10] = start[..10].try_into().unwrap();
+        assert!(net_header == [0; 10] || self.features & GUEST_CSUM != 0, "no offload was negotiated");
         if self.partial.len() < usize::from(num_buffers) {
             return None;
         }
@@ -198,7 +208,7 @@ impl Bench {
             bytes.extend(self.content(used));
             self.release(used);
         }
-        Some(Delivered { frame: bytes.split_off(header_len), num_buffers })
+        Some(Delivered { frame: bytes.split_off(header_len), net_header, num_buffers })
     }
 
     /// The bytes that the device says it wrote.

@@ -122,7 +122,7 @@ fn run(mut bench: Bench, steps: Vec<Step>) -> Result<(), TestCaseError> {
 fn check_frames(bench: &Bench, mergeable: bool, delivered: &[Delivered]) -> Result<(), TestCaseError> {
     let numbers: Vec<_> = delivered.iter().map(|d| number(&d.frame)).collect();
     prop_assert!(numbers.is_sorted_by(|a, b| a < b), "in the order of the wire, once each: {numbers:?}");
-    for Delivered { frame: bytes, num_buffers } in delivered {
+    for Delivered { frame: bytes, num_buffers, .. } in delivered {
         prop_assert_eq!(bytes, &frame(number(bytes), bytes.len() as u32));
         prop_assert!(mergeable || *num_buffers == 1);
         prop_assert!(bench.in_place[&number(bytes)] < bytes.len() as u32 || *num_buffers == 1);

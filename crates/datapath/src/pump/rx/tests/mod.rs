@@ -5,5 +5,6 @@ mod bursts;
 mod disabled;
 mod fit;
 mod log;
+mod merging;
 mod reserve;
 mod waiting;

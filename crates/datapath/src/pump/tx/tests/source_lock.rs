@@ -51,7 +51,7 @@ fn test_frames_of_the_guests_addresses_leave_with_a_header_of_ours_and_their_pay
         let counts = bench.counts;
         assert_eq!((counts.frames, counts.direct, counts.header_split, bench.used), (8, 8, 8, 8));
         assert_eq!((counts.copied_bytes, counts.header_bytes), (8 * ETHERNET as u64, 8 * ETHERNET as u64));
-        assert_eq!(counts.offloaded, [0; 4]);
+        assert!(counts.offloaded.iter().all(|&count| count == 0));
         assert_eq!(bench.unsent.values().sum::<u32>(), 0);
     }
 }
