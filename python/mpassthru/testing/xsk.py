@@ -160,13 +160,28 @@ async def answering_twice(pid: int, *, frames: int, ring_descs: int, timeout_s: 
         LookupError: it has no AF_XDP socket.
         TimeoutError: it does not stop, or the frames do not arrive, in time.
     """
+    async with stopped(pid, timeout_s=timeout_s):
+        yield
+        await _repeat_first(pid, frames, ring_descs, timeout_s)
+
+
+@asynccontextmanager
+async def stopped(pid: int, *, timeout_s: float = 5.0) -> AsyncIterator[None]:
+    """Stop a process, all its threads, for the block: what arrives meanwhile it sees all at once.
+
+    Args:
+        pid: Of the process.
+        timeout_s: Seconds to wait for it to stop.
+
+    Raises:
+        TimeoutError: it does not stop in time.
+    """
     os.kill(pid, signal.SIGSTOP)
     try:
         async with asyncio.timeout(timeout_s):
             while not _has_stopped(pid):  # noqa: ASYNC110 - a process that is not ours tells nobody
                 await asyncio.sleep(0.005)
         yield
-        await _repeat_first(pid, frames, ring_descs, timeout_s)
     finally:
         os.kill(pid, signal.SIGCONT)
 

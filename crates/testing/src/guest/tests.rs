@@ -418,7 +418,10 @@ fn test_kick_reaches_the_device_and_frames_are_captured() {
     bench.receive(&[5; 64]);
     bench.receive(&[6; 64]);
     eventually(|| bench.counters().rx_frames == 2);
-    assert_eq!(bench.guest.take_captured(), [Captured { header: vec![0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], frame: vec![5; 64] }]);
+    assert_eq!(
+        bench.guest.take_captured(),
+        [Captured { header: vec![0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], frame: vec![5; 64] }]
+    );
 }
 
 #[test]
