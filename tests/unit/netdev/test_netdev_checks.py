@@ -79,7 +79,7 @@ def test_chunks_have_room_for_what_a_linux_guests_buffers_take_where_frames_may_
 def test_queue_out_of_range_is_refused_with_the_queues_there_are(queue_id: int) -> None:
     check_queue(PLAIN, 0)
     check_queue(PLAIN, 1)
-    with pytest.raises(RefusedError, match=rf"queue {queue_id} of eth9: it has 2 receive queue\(s\), numbered from 0; .* up to 8"):
+    with pytest.raises(RefusedError, match=rf"queue {queue_id} of eth9: it has 2 receive .* makes up to 8"):
         check_queue(PLAIN, queue_id)
 
 
