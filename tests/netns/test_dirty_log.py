@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_in_place import NOT_MERGEABLE, RX_BOUNCED, RX_DIRECT, packet_socket, proving, receive
+from frames_in_place import packet_socket, proving, receive
+from test_in_place import NOT_MERGEABLE, RX_BOUNCED, RX_DIRECT, SIZES
 
 from mpassthru.testing.attached_port import AttachedPort, attached_port
 from mpassthru.testing.guest import BuiltinGuest
@@ -66,7 +67,7 @@ class Watched:
 
 
 def migrating(config: GuestConfig) -> GuestConfig:
-    proof = proving(config)
+    proof = proving(config, len(SIZES))
     return replace(proof, protocol_features=proof.protocol_features | ProtocolFeature.VHOST_USER_PROTOCOL_F_LOG_SHMFD)
 
 
