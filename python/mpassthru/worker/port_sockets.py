@@ -357,12 +357,14 @@ class PortSockets:
             MpassthruError: a socket could not be had or bound; its queue pair has none then, and is tried again later.
         """
         async with self.changing:
-            # All at once, also those that are just being bound: what is left in zero-copy mode would force it upon
-            # those that share its UMEM.
+            # All at once, also those that are just being bound or exchanged: what is left in zero-copy mode would force
+            # it upon those that share its UMEM.
             async with self._every_lock():
-                pairs = sorted(pair for pair in self._attached() if self._bound_to[pair].driver == driver)
-                for queue_pair in pairs:
+                of_driver = sorted(pair for pair, bound in self._bound_to.items() if bound.driver == driver)
+                for queue_pair in of_driver:
                     self._discard_prepared(queue_pair)
+                pairs = [pair for pair in of_driver if self._engine.socket_attached(pair)]
+                for queue_pair in pairs:
                     await self._detach(queue_pair)
             await self._attach_anew(pairs)
 

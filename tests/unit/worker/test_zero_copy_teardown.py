@@ -267,6 +267,24 @@ async def test_socket_that_is_just_being_bound_leaves_the_zero_copy_mode_of_a_di
     assert bound == {"0": "copy", "1": "copy"}, "whatever they were before"
 
 
+async def test_socket_that_was_prepared_leaves_the_zero_copy_mode_of_a_distrusted_driver_too(bench: Bench) -> None:
+    bench.engine.held = {"detach"}
+    bench.engine.lacking = {0}
+    bench.device._sockets.renewal.start()
+    while "detach 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    distrusting = asyncio.create_task(bench.device.distrust(0, ERROR, zero_copy=True))
+    await asyncio.sleep(0.01)
+    bench.engine.held = set()
+    bench.engine.end_held()
+    await asyncio.wait_for(distrusting, TIMEOUT_S)
+
+    async with asyncio.timeout(TIMEOUT_S):
+        while not any(call.startswith("bound") for call in bench.engine.calls):  # noqa: ASYNC110 - a list wakes nobody
+            await asyncio.sleep(0.001)
+    assert bench.engine.calls == ["prepare 0", "detach 0", "discard 0", "free 0", "attach 0", "bound 0 copy"]
+
+
 async def test_driver_is_distrusted_whose_socket_it_was_though_the_port_has_moved_since(bench: Bench) -> None:
     elsewhere = msgspec.structs.replace(
         zero_copy_port().binding, serial=2, interface="eth8", ifindex=8, driver="other-nic"
