@@ -124,12 +124,12 @@ async def test_worker_that_does_not_answer_is_killed_and_followed_by_one_that_is
     await asyncio.wait_for(h.port.rebind(OTHER, cast(Any, RecordedSteering())), TIMEOUT_S)
     assert worker.killed
     await h.until("worker 4711 has not moved its sockets within 0.01 s; killing it")
+    monkeypatch.undo()
     await asyncio.wait_for(h.port.rebind(None), TIMEOUT_S)  # whether or not the kernel has ended it by now
 
     worker.far.close()
     worker = await h.worker()
     assert h.configurations[1].binding is None
-    monkeypatch.undo()
     await rebound(h, worker, OTHER)
 
 

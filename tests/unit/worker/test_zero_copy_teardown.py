@@ -305,6 +305,38 @@ async def test_driver_is_distrusted_whose_socket_it_was_though_the_port_has_move
     assert bench.engine.modes[-1] == "copy"
 
 
+@pytest.mark.parametrize("bench", [2], indirect=True)
+async def test_driver_is_distrusted_whose_socket_it_was_though_another_queue_pair_could_not_move(bench: Bench) -> None:
+    await bench.device.start_vring(2, VRING)
+    elsewhere = msgspec.structs.replace(
+        zero_copy_port(2).binding, serial=2, interface="eth8", ifindex=8, driver="other-nic"
+    )
+    bench.engine.attach_errors = [HostError(errno.EBUSY, "the queue is held")]
+    with pytest.raises(HostError, match="is held"):
+        await bench.device.rebind(elsewhere)
+    assert bench.engine.attached == {1}
+
+    await bench.device.distrust(1, ERROR, zero_copy=True)
+
+    assert bench.engine.calls[-1] == "bound 1 copy"
+    assert bench.troubles[0].startswith(f"{ERROR}; suspect its driver, other-nic of eth8")
+
+
+async def test_driver_is_distrusted_whose_socket_it_was_though_the_port_is_leaving_it(bench: Bench) -> None:
+    bench.engine.held = {"detach"}
+    leaving = asyncio.create_task(bench.device.rebind(None))
+    while "detach 0" not in bench.engine.calls:  # noqa: ASYNC110 - a list wakes nobody
+        await asyncio.sleep(0.001)
+    distrusting = asyncio.create_task(bench.device.distrust(0, ERROR, zero_copy=True))
+    bench.engine.held = set()
+    bench.engine.end_held()
+    await asyncio.wait_for(asyncio.gather(leaving, distrusting), TIMEOUT_S)
+    assert bench.engine.attached == set()
+
+    await bench.device.rebind(zero_copy_port().binding)
+    assert bench.engine.calls[-1] == "bound 0 copy"
+
+
 async def test_failure_to_go_on_is_told_and_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(port_sockets, "ATTACH_AGAIN_AFTER_S", 0.001)
     bench.sockets.still_held = [HostError(errno.EBUSY, "still held")] * 2
